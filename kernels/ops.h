@@ -1,0 +1,131 @@
+// The arithmetic of a step: free functions over contiguous tensors, the stream first. ops.cc checks shapes once and calls
+// the back end; octet::reference has the same functions written the obvious way, which both back ends are tested against.
+//
+// Every function keeps the rules of bits: one row's result never depends on the other rows, on the number of threads or on
+// the instruction family; dot products accumulate in FP32 over K in pairs, odd element first, with denormals flushed.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <span>
+
+#include "kernels/memory.h"
+#include "kernels/slice_tree.h"
+#include "kernels/tensor.h"
+
+namespace octet {
+
+// How a linear layer quantises its input to e4m3 (W8A8). kNone: inputs stay BF16 (BF16 weights, and W8A16).
+struct ActivationScheme {
+  enum class Kind : uint8_t { kNone, kDynamicPerToken, kStatic };
+  Kind kind = Kind::kNone;
+  // kDynamicPerToken: amax is cut to this before the scale is made (fbgemm_fp8's activation_scale_ub).
+  float upper_bound = std::numeric_limits<float>::infinity();
+  // kStatic: the stored input_scale.
+  float scale = 1.0f;
+  bool operator==(const ActivationScheme&) const = default;
+};
+
+// One rank's part of a linear layer y = x W^T. It views memory that ModelWeights owns.
+struct Linear {
+  int64_t out_features = 0;  // rows here
+  int64_t in_features = 0;   // columns here; even
+  Tensor weight;             // BF16 or F8_E4M3 in the back end's packed layout, packed_bytes() long
+  Tensor weight_scale;       // [out_features] F32, one per row; empty for BF16
+  ActivationScheme activations;
+};
+
+// Bytes of a packed weight matrix.
+int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features);
+// Rows are packed in whole panels of this many outputs (the last one is padded with zeros).
+constexpr int64_t kPanelRows = 32;
+
+// Packs rows [first_row, first_row + raw.dim(0)) of a weight matrix. raw is [rows, in_features], BF16 or F8_E4M3, the
+// dtype of weight.weight. REQUIRES: first_row is a multiple of kPanelRows, and raw ends on one or at out_features.
+void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight);
+
+// A linear layer's input: BF16 values, or e4m3 codes with one scale per token and column group.
+struct Activations {
+  Tensor values;  // [tokens, in] BF16 or F8_E4M3
+  Tensor scales;  // [tokens, groups] F32; empty for BF16
+};
+
+// Quantises x [tokens, in] BF16 to e4m3. Column group g ends before column group_ends[g]; the last one ends at `in`.
+// Column-parallel layers have one group (the row), row-parallel layers one per slice.
+//   dynamic: amax = min(max|x|, upper_bound); scale = max(amax / 448, 1 / (448 * 512)); code = e4m3(clamp(x * (1 / scale)))
+//   static:  code = e4m3(clamp(x * (1 / scale))), scale as stored
+// A NaN in a group makes its scale NaN, so that it is seen in the result.
+void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
+              const Activations& out);
+
+struct LinearOutput {
+  const Linear* weight;
+  Tensor out;  // [tokens, out_features] F32
+};
+
+// out = (x W^T) * weight_scale[row] * x.scales[token], for several matrices that read the same x in one pass.
+// REQUIRES: x is BF16 or has one scale group.
+void linear(Stream& stream, const Activations& x, std::span<const LinearOutput> outputs);
+
+// The row-parallel form: columns of W and x are cut into this rank's slices (slice i of run ends before column_ends[i], an
+// even number). A slice's partial result, scaled, is a leaf; partials [nodes, tokens, out_features] F32 gets the sums of
+// the run's maximal_subtrees(). x has one scale group per slice of the run. Leaves are combined tile by tile.
+void linear_over_slices(Stream& stream, const Activations& x, const Linear& weight, const SliceRun& run,
+                        std::span<const int64_t> column_ends, const Tensor& partials);
+
+// Finishes the tree and adds it to the residual stream: residual[t, j] = bf16(residual[t, j] + sum(pieces)[t, j]).
+// Each piece is a [tokens, n] F32 tensor; `program` comes from sum_program() and indexes pieces. residual [tokens, n] BF16.
+void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& residual);
+
+// out[i] = table[row_ids[i]]. table [rows, n] BF16, row_ids in range, out [ids, n] BF16.
+void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out);
+
+// out = bf16(x / sqrt(mean(x^2) + eps) * weight), all of it in FP32. x, out [tokens, n] BF16; weight [n] F32.
+void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out);
+
+// out = bf16(silu(gate) * up), silu(v) = v / (1 + exp(-v)). gate, up [tokens, n] F32, out [tokens, n] BF16.
+void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor& out);
+
+// ---- Attention over the paged cache
+
+constexpr int64_t kKvBlockTokens = 16;     // positions in a cache block
+constexpr int64_t kAttentionChunk = 256;   // positions whose softmax partials are merged left to right
+
+// One layer's cache on this rank. keys hold a block's positions side by side, two head elements each, so that a score is
+// the same dot as a linear layer's.
+struct KvLayer {
+  Tensor keys;    // [blocks, kv_heads, head_dim / 2, kKvBlockTokens, 2] BF16
+  Tensor values;  // [blocks, kv_heads, kKvBlockTokens, head_dim] BF16
+};
+
+// Which tokens a step runs, as flat arrays that every layer reads. Tokens of one sequence are neighbours.
+struct AttentionBatch {
+  std::span<const int32_t> positions;       // [tokens] position of each token in its sequence
+  std::span<const int32_t> sequence_of;     // [tokens] row of block_tables
+  std::span<const int32_t> sequence_ends;   // [sequences] the last token of sequence i is sequence_ends[i] - 1
+  std::span<const int32_t> block_tables;    // [sequences, max_blocks] row-major, blocks of the cache
+  int64_t max_blocks = 0;
+};
+
+// cos_sin[t, j] = (cos, sin) of float(positions[t]) * inv_freq[j] (an FP32 product, then full range reduction).
+// inv_freq [head_dim / 2] F32, cos_sin [tokens, head_dim / 2, 2] F32. Once per step, shared by the layers.
+void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin);
+
+// Rotates q and k (halves: element j pairs with j + head_dim / 2) in FP32, rounds q, k and v once to BF16, and writes k and
+// v to the cache at the tokens' positions. q [tokens, heads, head_dim] F32 to q_out, the same shape in BF16;
+// k, v [tokens, kv_heads, head_dim] F32.
+void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
+                    const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache);
+
+// Causal attention of every token over positions 0..its own, scores scaled by 1 / sqrt(head_dim).
+// q, out [tokens, heads, head_dim] BF16; query head h reads KV head h / (heads / kv_heads).
+// Positions are taken in chunks of kAttentionChunk: (max, sum, accumulator) in FP32 each, merged left to right.
+void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out);
+
+// ---- Logits
+
+// parts[r, g] = (max, sum of exp(x - max)) over column group g of logits row r, FP32. Groups as in quantize();
+// parts [rows, groups, 2] F32. The log-sum-exp of a row is finished over groups in slice-tree order.
+void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts);
+
+}  // namespace octet

@@ -1,0 +1,32 @@
+// Communicator: how the ranks of one model meet inside a step. Only bytes move here; the arithmetic of the tree is
+// kernels' add_tree_sum. Only the worker thread calls these, every rank in the same order with matching arguments.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "kernels/memory.h"
+#include "kernels/tensor.h"
+#include "worker/model/shard_spec.h"
+
+namespace octet {
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  // Rank r contributes bytes_of_rank[r] bytes; `all` gets all of them in rank order. May be longer than the window:
+  // the transfer is cut. mine may not overlap all.
+  virtual void all_gather(const void* mine, std::span<const int64_t> bytes_of_rank, void* all) = 0;
+
+  // Finishes a row-parallel layer. partials [nodes, tokens, n] F32 are this rank's maximal subtrees (linear_over_slices());
+  // every rank ends with residual [tokens, n] BF16 = bf16(residual + the whole tree's sum), equal bits everywhere.
+  virtual void reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) = 0;
+
+  virtual void barrier() = 0;
+};
+
+}  // namespace octet
