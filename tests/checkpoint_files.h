@@ -130,7 +130,7 @@ struct TinyModel {
                 const std::string& suffix = "weight_scale") {
     RawTensor& weight = tensors.at(module + ".weight");
     std::string codes;
-    for (size_t i = 0; i < weight.data.size() / 2; ++i) codes.push_back(static_cast<char>((i * 7) % 0x7F));
+    for (int64_t i = 0; i < weight.shape[0] * weight.shape[1]; ++i) codes.push_back(static_cast<char>((i * 7) % 0x7F));
     weight.dtype = "F8_E4M3";
     weight.data = codes;
     int64_t count = 1;
