@@ -4,7 +4,6 @@
 #include <thread>
 
 #include "gtest/gtest.h"
-#include "kernels/fp8.h"
 #include "tests/checkpoint_files.h"
 
 namespace octet {

@@ -17,6 +17,7 @@
 #include "kernels/fp8.h"
 #include "worker/checkpoint/architecture.h"
 #include "worker/checkpoint/file.h"
+#include "worker/checkpoint/half.h"
 #include "worker/checkpoint/json.h"
 #include "worker/checkpoint/quantization.h"
 #include "worker/checkpoint/safetensors.h"
@@ -83,10 +84,10 @@ int64_t first_nan_code(const uint8_t* codes, int64_t count) {
   for (int64_t begin = 0; begin < count; begin += kStretch) {
     const int64_t end = std::min(begin + kStretch, count);
     uint8_t any = 0;
-    for (int64_t i = begin; i < end; ++i) any |= (codes[i] & 0x7F) == 0x7F;
+    for (int64_t i = begin; i < end; ++i) any |= is_e4m3_nan(codes[i]);
     if (any == 0) continue;
     for (int64_t i = begin; i < end; ++i) {
-      if ((codes[i] & 0x7F) == 0x7F) return i;
+      if (is_e4m3_nan(codes[i])) return i;
     }
   }
   return -1;
@@ -102,10 +103,10 @@ float to_float(DType dtype, const char* element) {
     }
     case DType::kBF16:
       std::memcpy(&half, element, 2);
-      return float_from_bf16(half);
+      return bf16_to_float(half);
     case DType::kF16:
       std::memcpy(&half, element, 2);
-      return float_from_f16(half);
+      return f16_to_float(half);
     default:
       OCTET_CHECK(false, std::string("no FP32 value of a ") + name_of(dtype) + " tensor");
   }
