@@ -1,5 +1,6 @@
 #include "coordinator/rpc_worker_group.h"
 
+#include <grpcpp/ext/health_check_service_server_builder_option.h>
 #include <grpcpp/grpcpp.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -27,6 +28,7 @@ namespace {
 
 namespace wire_v1 = internal::v1;
 
+constexpr absl::Duration kStopTimeout = absl::Seconds(10);
 constexpr size_t kMaxSocketPath = 100;  // sockaddr_un has room for 107 bytes
 
 // A directory of this user's own for the socket. Removed as soon as every rank is in, so a killed job leaves nothing
@@ -42,6 +44,14 @@ absl::StatusOr<std::string> make_private_directory() {
   }
   return path;
 }
+
+// The public server's library services (reflection, health) register themselves with every builder of the process; ranks
+// get none of them.
+class NoLibraryServices final : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override { plugins->clear(); }
+};
 
 // What one rank said about a step.
 struct Answer {
@@ -204,6 +214,8 @@ absl::Status RpcWorkerGroup::Impl::start_server() {
 
   std::shared_ptr<grpc::ServerCredentials> credentials = token_server_credentials(options.job_secret);
   grpc::ServerBuilder builder;
+  builder.SetOption(std::make_unique<NoLibraryServices>());
+  builder.SetOption(std::make_unique<grpc::HealthCheckServiceServerBuilderOption>(nullptr));
   builder.RegisterService(this);
   builder.AddListeningPort(local_address, credentials);
   int tcp_port = 0;
@@ -342,6 +354,11 @@ RpcWorkerGroup::RpcWorkerGroup(std::unique_ptr<Impl> impl) : impl_(std::move(imp
 RpcWorkerGroup::~RpcWorkerGroup() {
   {
     absl::MutexLock lock(&impl_->mutex);
+    // Whoever submitted the stop plan need not have collected its answers.
+    const auto settled = +[](Impl* impl) {
+      return !impl->failure.ok() || impl->pending.empty() || impl->pending.back().missing == 0;
+    };
+    if (impl_->stop_submitted) impl_->mutex.AwaitWithTimeout(absl::Condition(settled, impl_.get()), kStopTimeout);
     impl_->closing = true;
     for (Impl::RankStream* stream : impl_->streams) {
       if (stream != nullptr) stream->finish({grpc::StatusCode::UNAVAILABLE, "rank 0 is ending"});

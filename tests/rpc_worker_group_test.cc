@@ -322,6 +322,27 @@ TEST(RpcWorkerGroup, ThatEndsWithoutAStopPlanTellsItsRanks) {
   EXPECT_EQ(ranks.lost(), 1);
 }
 
+TEST(RpcWorkerGroup, WaitsForTheStopPlanThatNobodyCollects) {
+  Ranks ranks;
+  std::atomic<int> stops{0};
+  auto slow_to_stop = [&](const StepPlan& plan) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    stops += plan.stop;
+    return fake_worker(plan);
+  };
+  {
+    Group group(3, slow_to_stop);
+    ranks.start(1, group->local_address(), slow_to_stop);
+    ranks.start(2, group->local_address(), slow_to_stop);
+    ASSERT_TRUE(group->wait_for_ranks(absl::Seconds(30)).ok());
+    group->submit(stop_plan(0));
+  }
+  ranks.join();
+  EXPECT_TRUE(ranks.status(0).ok()) << ranks.status(0);
+  EXPECT_TRUE(ranks.status(1).ok()) << ranks.status(1);
+  EXPECT_EQ(stops, 3);
+}
+
 TEST(ServePlans, SaysWhereItFoundNobody) {
   absl::Status status = serve_plans({.coordinator = "unix:/nonexistent/plans.sock",
                                      .rank = 3,
