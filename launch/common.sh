@@ -118,9 +118,12 @@ as_root() {
   if ((EUID == 0)); then "$@"; else sudo -n "$@"; fi
 }
 
+# Progress goes to descriptor 3, which apt closes for dpkg: with 1 there, maintainer scripts would have no output and fail.
+# It is opened inside, because sudo closes what it does not know.
 apt() {
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 \
-    -o Dpkg::Use-Pty=0 "$@"
+  # shellcheck disable=SC2016  # "$@" is meant for the inner shell
+  as_root env DEBIAN_FRONTEND=noninteractive sh -c 'exec apt-get "$@" 3>&1' apt-get -q -y -o Acquire::Retries=3 \
+    -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -o APT::Status-Fd=3 "$@"
 }
 
 require_root_or_sudo() {  # PACKAGE...
@@ -142,8 +145,9 @@ install_packages() {  # PACKAGE...
   # A third-party source that does not answer must not matter as long as the packages are found.
   run_step apt-update "Debian package lists" percent_of_apt apt update || say "  going on with the lists that are there"
   run_step apt-install "Debian packages (${#missing[@]} and their needs)" percent_of_apt \
-    apt -o APT::Status-Fd=1 install --no-install-recommends "${missing[@]}" ||
-    die "the step 'Debian packages' needs a Debian 12 archive that answers (see /etc/apt) for: ${missing[*]}"
+    apt install --no-install-recommends "${missing[@]}" ||
+    die "the step 'Debian packages' needs a Debian 12 archive that answers (see /etc/apt) and apt in order, for:
+  ${missing[*]}"
 }
 
 # ---- Build -----------------------------------------------------------------------------------------------------------
