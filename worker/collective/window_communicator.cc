@@ -21,6 +21,10 @@ constexpr int64_t kOneShotElements = 4096;
 constexpr int64_t align_down(int64_t value, int64_t to) { return value / to * to; }
 constexpr int64_t align_up(int64_t value, int64_t to) { return align_down(value + to - 1, to); }
 
+void copy_bytes(void* to, const void* from, int64_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
 // The distance between pieces of a chunk in the window.
 constexpr int64_t stride_of(int64_t chunk_elements) { return align_up(chunk_elements, kGrain); }
 // An area holds a finished chunk in BF16, then the pieces of the next one.
@@ -301,16 +305,15 @@ void WindowCommunicator::finish(const Reduction& reduction, const Part& chunk) {
   const Tensor sum(reduction.residual + part.begin, DType::kBF16, {1, part.size()});
   add_tree_sum(reduction.stream, pieces, finish_program_, sum);
   if (reduction.divided) {
-    std::memcpy(window_->mine() + (part.begin - chunk.begin) * 2, sum.data(), static_cast<size_t>(sum.bytes()));
+    copy_bytes(window_->mine() + (part.begin - chunk.begin) * 2, sum.data(), sum.bytes());
   }
 }
 
 void WindowCommunicator::collect(const Reduction& reduction, const Part& chunk) const {
   for (int local = 0; local < static_cast<int>(local_ranks_.size()); ++local) {
     const Part part = share_of(chunk, local);
-    if (local == window_->rank() || part.size() == 0) continue;
-    std::memcpy(reduction.residual + part.begin, window_->of(local) + (part.begin - chunk.begin) * 2,
-                static_cast<size_t>(part.size() * 2));
+    if (local == window_->rank()) continue;
+    copy_bytes(reduction.residual + part.begin, window_->of(local) + (part.begin - chunk.begin) * 2, part.size() * 2);
   }
 }
 
@@ -321,8 +324,7 @@ void WindowCommunicator::all_gather(const void* mine, std::span<const int64_t> b
   std::vector<int64_t> offsets(bytes_of_rank.size());
   std::exclusive_scan(bytes_of_rank.begin(), bytes_of_rank.end(), offsets.begin(), int64_t{0});
   std::byte* out = static_cast<std::byte*>(all);
-  const int64_t own_bytes = bytes_of_rank[rank_];
-  if (own_bytes > 0) std::memcpy(out + offsets[rank_], mine, static_cast<size_t>(own_bytes));
+  copy_bytes(out + offsets[rank_], mine, bytes_of_rank[rank_]);
   if (size() == 1) return;
 
   // Between nodes the common part has a slot for every rank.
@@ -330,20 +332,17 @@ void WindowCommunicator::all_gather(const void* mine, std::span<const int64_t> b
   const int64_t longest = *std::max_element(bytes_of_rank.begin(), bytes_of_rank.end());
   for (int64_t begin = 0; begin < longest; begin += slot) {
     const auto bytes_now = [&](int r) { return std::clamp<int64_t>(bytes_of_rank[r] - begin, 0, slot); };
-    if (bytes_now(rank_) > 0) {
-      std::memcpy(window_->mine(), static_cast<const std::byte*>(mine) + begin, static_cast<size_t>(bytes_now(rank_)));
-    }
+    copy_bytes(window_->mine(), static_cast<const std::byte*>(mine) + begin, bytes_now(rank_));
     window_->barrier();
     for (int local = 0; local < static_cast<int>(local_ranks_.size()); ++local) {
       const int r = local_ranks_[local];
-      if (r == rank_ || bytes_now(r) == 0) continue;
-      std::memcpy(out + offsets[r] + begin, window_->of(local), static_cast<size_t>(bytes_now(r)));
+      if (r != rank_) copy_bytes(out + offsets[r] + begin, window_->of(local), bytes_now(r));
     }
     if (nodes_ == 1) continue;
     exchange_gathered(bytes_of_rank, begin, slot);
     for (int r = 0; r < size(); ++r) {
-      if (map_.node_of_rank[r] == node_ || bytes_now(r) == 0) continue;
-      std::memcpy(out + offsets[r] + begin, window_->common() + r * slot, static_cast<size_t>(bytes_now(r)));
+      if (map_.node_of_rank[r] == node_) continue;
+      copy_bytes(out + offsets[r] + begin, window_->common() + r * slot, bytes_now(r));
     }
   }
 }
