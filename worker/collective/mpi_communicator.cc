@@ -190,31 +190,41 @@ absl::StatusOr<SharedMemory> open_shared_memory(const std::string& name, int64_t
                    ": start the ranks of a node in one container, or give containers different host names"));
 }
 
+// For a rank that has its node to itself: pages that no message needs are never taken.
+absl::StatusOr<SharedMemory> private_memory(int64_t bytes) {
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, kFlags, -1, 0);
+  if (data == MAP_FAILED) return absl::ErrnoToStatus(errno, "cannot map a window of " + mebibytes(bytes));
+  return SharedMemory(data, bytes);
+}
+
 std::string random_name() {
   unsigned char bytes[12];
   OCTET_CHECK(getrandom(bytes, sizeof(bytes), 0) == sizeof(bytes), "getrandom failed");
   return absl::StrCat("/octet-", absl::BytesToHexString({reinterpret_cast<char*>(bytes), sizeof(bytes)}));
 }
 
-// Collective over the world. The name exists only for as long as it takes the node's ranks to open it, so that whatever
-// ends them later leaves nothing behind.
-absl::StatusOr<SharedMemory> share_memory(int node, int rank, int64_t bytes) {
-  const MpiComm node_comm = MpiComm::of_node(node, rank);
+// Collective over the ranks of a node. The name exists only for as long as it takes them to open it, so that whatever
+// ends them later leaves nothing behind. A rank that could not do its part because the first one failed brings OK and
+// no memory.
+absl::StatusOr<SharedMemory> share_memory(MPI_Comm node_comm, int64_t bytes) {
   int place = 0, ranks = 0;
-  MPI_Comm_rank(node_comm.get(), &place);
-  MPI_Comm_size(node_comm.get(), &ranks);
-  std::string name = place == 0 ? random_name() : std::string(random_name().size(), '\0');
+  MPI_Comm_rank(node_comm, &place);
+  MPI_Comm_size(node_comm, &ranks);
+  if (ranks == 1) return private_memory(bytes);
+
+  std::string name = random_name();
   absl::StatusOr<SharedMemory> memory = SharedMemory();
   if (place == 0) memory = create_shared_memory(name, bytes, ranks);
-  // An empty name tells the others that there is nothing to open; the reason comes from the first rank.
-  if (!memory.ok()) name.assign(name.size(), '\0');
+  if (!memory.ok()) name.assign(name.size(), '\0');  // tells the others that there is nothing to open
   MPI_Request request;
-  MPI_Ibcast(name.data(), static_cast<int>(name.size()), MPI_CHAR, 0, node_comm.get(), &request);
+  MPI_Ibcast(name.data(), static_cast<int>(name.size()), MPI_CHAR, 0, node_comm, &request);
   wait(request);
-  if (place != 0 && name[0] != '\0') memory = open_shared_memory(name, bytes);
-  const absl::Status agreed = agree_over_mpi(memory.status());
-  if (place == 0 && name[0] != '\0') shm_unlink(name.c_str());
-  if (!agreed.ok()) return agreed;
+  const bool exists = name[0] != '\0';
+  if (place != 0 && exists) memory = open_shared_memory(name, bytes);
+  MPI_Ibarrier(node_comm, &request);
+  wait(request);
+  if (place == 0 && exists) shm_unlink(name.c_str());
   return memory;
 }
 
@@ -244,8 +254,9 @@ absl::StatusOr<std::unique_ptr<Communicator>> make_mpi_communicator(const MpiCom
   const int node = map.node_of_rank[rank];
   const std::vector<int> local_ranks = map.ranks_of(node);
   const SharedWindow::Layout layout = WindowCommunicator::window_layout(map, node, options.area_bytes);
-  absl::StatusOr<SharedMemory> memory = share_memory(node, rank, SharedWindow::bytes_of(layout));
-  if (!memory.ok()) return memory.status();
+  absl::StatusOr<SharedMemory> memory =
+      share_memory(MpiComm::of_node(node, rank).get(), SharedWindow::bytes_of(layout));
+  if (absl::Status status = agree_over_mpi(memory.status()); !status.ok()) return status;
 
   const int place = static_cast<int>(std::find(local_ranks.begin(), local_ranks.end(), rank) - local_ranks.begin());
   auto window = std::make_unique<SharedWindow>(memory->data(), layout, place, options.wait);
@@ -293,12 +304,12 @@ absl::Status agree_over_mpi(const absl::Status& mine) {
   const auto first = std::find_if(verdicts.begin(), verdicts.end(), failed);
   if (first == verdicts.end()) return absl::OkStatus();
   std::string message = first->substr(1);
-  if (verdicts.size() > 1) {
-    message = absl::StrCat("rank ", first - verdicts.begin(), " of ", verdicts.size(), ": ", message);
-  }
+  const auto code = static_cast<absl::StatusCode>((*first)[0]);
+  if (std::count(verdicts.begin(), verdicts.end(), *first) == std::ssize(verdicts)) return absl::Status(code, message);
+  message = absl::StrCat("rank ", first - verdicts.begin(), " of ", verdicts.size(), ": ", message);
   const auto others = std::count_if(first + 1, verdicts.end(), failed);
   if (others > 0) absl::StrAppend(&message, " (and ", others, others == 1 ? " other rank" : " other ranks", " failed)");
-  return absl::Status(static_cast<absl::StatusCode>((*first)[0]), message);
+  return absl::Status(code, message);
 }
 
 }  // namespace octet

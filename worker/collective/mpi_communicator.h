@@ -26,8 +26,8 @@ struct MpiCommunicatorOptions {
 absl::StatusOr<std::unique_ptr<Communicator>> make_mpi_communicator(const MpiCommunicatorOptions& options);
 
 // Collective over MPI_COMM_WORLD: OK when every rank brings OK; else every rank gets the code and message of the lowest
-// failing one, its number before it and how many others failed behind. A failing rank so never leaves others waiting.
-// Ranks that wait here sleep.
+// failing one, its number before it and how many others failed behind; what all of them say alike is left as it is, so
+// that agreeing twice changes nothing. A failing rank so never leaves others waiting. Ranks that wait here sleep.
 absl::Status agree_over_mpi(const absl::Status& mine);
 
 // Collective over MPI_COMM_WORLD: every rank's bytes, in rank order; less than 2 GiB in all. Ranks that wait here
