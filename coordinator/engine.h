@@ -10,13 +10,17 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "coordinator/request.h"
-#include "coordinator/scheduler.h"
 #include "coordinator/worker_group.h"
 
 namespace octet {
 
-// Where a request's events go. Called on the engine thread: must return at once and may call the engine back only through
-// submit() and cancel(), which never block.
+struct EngineOptions {
+  WorkerLimits limits;
+  int32_t max_waiting = 1024;  // requests queued beyond this are refused
+};
+
+// Where a request's events go. Called on the engine thread: must return at once and may call the engine back only
+// through submit(), cancel() and stats(), which never wait for a step.
 class RequestSink {
  public:
   virtual ~RequestSink() = default;
@@ -31,14 +35,20 @@ struct EngineStats {
 
 class Engine {
  public:
-  // Starts the engine thread. `group` outlives the engine. on_failure is called once, on the engine thread, when the group
-  // fails, after every sink got its terminal event.
-  Engine(const SchedulerOptions& options, WorkerGroup* group, std::function<void(const absl::Status&)> on_failure);
-  ~Engine();  // drain() with no wait for requests: they end with kCancelled; workers get the stop plan
+  // Starts the engine thread. `group` outlives the engine. on_failure is called once, on the engine thread, when the
+  // group fails (collect() is not OK, or a step has an error), after every sink got its terminal event. It may not
+  // destroy the engine.
+  Engine(const EngineOptions& options, WorkerGroup* group, std::function<void(const absl::Status&)> on_failure);
+  // Waits for the step in flight, ends every request with kCancelled and sends the stop plan (not to a failed group).
+  ~Engine();
 
-  // Any thread. Queues the request; the sink gets its events until the terminal one and is then dropped.
-  // Refusals of the scheduler (see Scheduler::add) come back here: the call waits for the engine's answer, which it
-  // gives between two steps at the latest. UNAVAILABLE when draining or failed.
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // Any thread; never waits for a step. Queues the request under the id that it returns (request.id is overwritten).
+  // The sink gets the request's events, maybe before this returns, until the terminal one, and is then dropped.
+  // Refusals: those of Scheduler::validate; RESOURCE_EXHAUSTED when max_waiting are queued; UNAVAILABLE when draining
+  // or failed, with the cause. A refused request's sink gets nothing.
   absl::StatusOr<RequestId> submit(Request request, std::shared_ptr<RequestSink> sink);
 
   // Any thread; never blocks. Unknown ids are ignored.
@@ -46,9 +56,11 @@ class Engine {
 
   // Any thread. Stops admitting; existing requests go on.
   void drain();
-  // Waits until nothing is waiting or running, or the deadline; true when idle.
+  // Waits until every request submitted so far has had its terminal event and its blocks are free, or until the
+  // deadline; true when idle. Not on the engine thread.
   bool wait_idle(std::chrono::steady_clock::time_point deadline);
 
+  // Any thread. As of the step in flight, or the last one.
   EngineStats stats() const;
 
  private:
