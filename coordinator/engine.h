@@ -1,0 +1,71 @@
+// Engine: the loop of rank 0. inbox -> scheduler -> plan -> worker group -> apply -> events to each request's sink.
+// One engine thread is the only one that touches the scheduler and the group; everybody else meets it at the inbox.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "coordinator/request.h"
+#include "coordinator/worker_group.h"
+
+namespace octet {
+
+struct EngineOptions {
+  WorkerLimits limits;
+  int32_t max_waiting = 1024;  // requests queued beyond this are refused
+};
+
+// Where a request's events go. Called on the engine thread: must return at once and may call the engine back only
+// through submit(), cancel() and stats(), which never wait for a step.
+class RequestSink {
+ public:
+  virtual ~RequestSink() = default;
+  virtual void on_event(const TokenEvent& event) = 0;
+};
+
+struct EngineStats {
+  int32_t waiting = 0, running = 0;
+  int32_t blocks_total = 0, blocks_free = 0;
+  uint64_t steps = 0, prompt_tokens = 0, generated_tokens = 0;
+};
+
+class Engine {
+ public:
+  // Starts the engine thread. `group` outlives the engine. on_failure is called once, on the engine thread, when the
+  // group fails (collect() is not OK, or a step has an error), after every sink got its terminal event. It may not
+  // destroy the engine.
+  Engine(const EngineOptions& options, WorkerGroup* group, std::function<void(const absl::Status&)> on_failure);
+  // Waits for the step in flight, ends every request with kCancelled and sends the stop plan (not to a failed group).
+  ~Engine();
+
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // Any thread; never waits for a step. Queues the request under the id that it returns (request.id is overwritten).
+  // The sink gets the request's events, maybe before this returns, until the terminal one, and is then dropped.
+  // Refusals: those of Scheduler::validate; RESOURCE_EXHAUSTED when max_waiting are queued; UNAVAILABLE when draining
+  // or failed, with the cause. A refused request's sink gets nothing.
+  absl::StatusOr<RequestId> submit(Request request, std::shared_ptr<RequestSink> sink);
+
+  // Any thread; never blocks. Unknown ids are ignored.
+  void cancel(RequestId id);
+
+  // Any thread. Stops admitting; existing requests go on.
+  void drain();
+  // Waits until every request submitted so far has had its terminal event and its blocks are free, or until the
+  // deadline; true when idle. Not on the engine thread.
+  bool wait_idle(std::chrono::steady_clock::time_point deadline);
+
+  // Any thread. As of the step in flight, or the last one.
+  EngineStats stats() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace octet

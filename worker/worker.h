@@ -1,0 +1,34 @@
+// Worker: one rank's shard of the model and its slots; run(plan) computes one step. Every rank, 0 included, runs the
+// same plan and gets the same result, bit for bit. Only the worker thread calls run().
+#pragma once
+
+#include <memory>
+
+#include "kernels/memory.h"
+#include "worker/collective/communicator.h"
+#include "worker/kv_cache.h"
+#include "worker/model/transformer.h"
+#include "worker/model/weights.h"
+#include "worker/step_plan.h"
+
+namespace octet {
+
+class Worker {
+ public:
+  // All references outlive the worker. limits.blocks is the minimum over ranks, and what `cache` has at least.
+  Worker(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
+         const ModelWeights& weights, KvCache cache, const WorkerLimits& limits);
+  ~Worker();
+
+  // A plan that breaks its contract (unknown slot, block or token out of range, gap in positions) and a NaN in the
+  // logits come back as StepResult::error. The same on every rank.
+  StepResult run(const StepPlan& plan);
+
+  const WorkerLimits& limits() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace octet
