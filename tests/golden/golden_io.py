@@ -38,8 +38,8 @@ def top(row, count=TOP):
     return sorted(candidates.tolist(), key=lambda i: (-row[i], i))[:count]
 
 
-def digits(value):
-    return float(f"{float(value):.9g}")
+def digits(value, count=9):
+    return float(f"{float(value):.{count}g}")
 
 
 def prefix_lengths(prompt_length, count):
@@ -52,13 +52,16 @@ def prefix_lengths(prompt_length, count):
 class Golden:
     """Gathers one variant: a reference's log-probs and how far other runs of the same weights are from it."""
 
-    def __init__(self, model, variant, activations, reference, runs):
+    def __init__(self, model, variant, activations, reference, runs, prompt_logprobs=True, full_steps=16):
+        self.prompt_logprobs, self.full_steps = prompt_logprobs, full_steps
         self.data = {"format": 1, "model": model, "variant": variant, "activations": activations,
-                     "reference": reference, "bounds": {}, "versions": versions(), "prompts": []}
+                     "reference": reference, "bounds": {}, "rounded_bounds": {}, "versions": versions(), "prompts": []}
         self.bounds = {run: {"points": Bound(), "prompts": Bound(), "other_top": 0} for run in runs}
+        self.rounded_bounds = {}
 
-    def add(self, prompt, continuation, reference, runs, prefixes):
-        """prompt: {"name", "text"?, "token_ids"}. reference and runs[name]: log-probs [tokens, vocab] of prompt + continuation."""
+    def add(self, prompt, continuation, reference, runs, rounded, near_rounded, prefixes):
+        """prompt: {"name", "text"?, "token_ids"}. The others are log-probs [tokens, vocab] of prompt + continuation: the float32
+        reference, runs to compare with it, the reference with BF16 rounding points, and runs to compare with that."""
         ids = prompt["token_ids"]
         sequence = ids + continuation
         rows = np.arange(len(ids) - 1)
@@ -66,24 +69,32 @@ class Golden:
         points = []
         for length in prefix_lengths(len(ids), prefixes) + [len(ids) + k for k in range(len(continuation))]:
             row = reference[length - 1]
-            best = top(row)
+            best = top(row, TOP if length < len(ids) + self.full_steps else 2)
             points.append({"prefix": length, "top": [[i, digits(row[i])] for i in best],
-                           "margin": digits(row[best[0]] - row[best[1]])})
-            if length >= len(ids) and best[0] != sequence[length] and points[-1]["margin"] > 1e-3:
+                           "margin": digits(row[best[0]] - row[best[1]]),
+                           "rounded": [digits(rounded[length - 1][i], 7) for i in best]})
+            for name, run in near_rounded.items():
+                self.rounded_bounds.setdefault(name, Bound()).add(rounded[length - 1][best], run[length - 1][best])
+            if length >= len(ids) and best[0] != sequence[length]:
                 raise ValueError(f"{prompt['name']}: the continuation is not greedy at {length}")
             for name, run in runs.items():
                 self.bounds[name]["points"].add(row[best], run[length - 1][best])
                 self.bounds[name]["other_top"] += int(top(run[length - 1])[0] != best[0])
         for name, run in runs.items():
             self.bounds[name]["prompts"].add(reference[rows, targets], run[rows, targets])
-        self.data["prompts"].append({**prompt, "continuation": continuation,
-                                     "prompt_logprobs": [digits(v) for v in reference[rows, targets]], "points": points})
+        entry = {**prompt, "continuation": continuation}
+        if self.prompt_logprobs:
+            entry["prompt_logprobs"] = [digits(v) for v in reference[rows, targets]]
+        self.data["prompts"].append({**entry, "points": points})
 
     def write(self, path):
         for name, bound in self.bounds.items():
             self.data["bounds"][name] = {"points": bound["points"].as_json(), "prompts": bound["prompts"].as_json(),
                                          "other_top": bound["other_top"]}
             print(f"  {name:24} points: {bound['points']}; prompts: {bound['prompts']}; other top-1: {bound['other_top']}")
+        self.data["rounded_bounds"] = {name: bound.as_json() for name, bound in self.rounded_bounds.items()}
+        for name, bound in self.rounded_bounds.items():
+            print(f"  from rounded: {name:24} {bound}", flush=True)
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(pretty(self.data))

@@ -3,7 +3,7 @@ Shares nothing with the C++ engine, and reads checkpoints only through the `safe
 
 import json
 import pathlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -72,10 +72,16 @@ class Linear:
     weight: np.ndarray  # [out, in], dequantised
     activations: ActivationScheme = field(default_factory=ActivationScheme)
     row_parallel: bool = False  # o_proj and down_proj: one dynamic scale per token and slice
+    is_fp8: bool = False
 
-    def __call__(self, x, slices):
+    def in_bf16(self):
+        """The layer as BF16 memory holds it. FP8 codes are exact there and their scales stay FP32."""
+        return self if self.is_fp8 else replace(self, weight=round_bf16(self.weight))
+
+    def __call__(self, x, slices, accumulator=np.float32):
         groups = slice_ends(x.shape[1], slices) if self.row_parallel else [x.shape[1]]
-        return self.activations.apply(x, groups) @ self.weight.T
+        x = self.activations.apply(x, groups)
+        return (x.astype(accumulator) @ self.weight.T.astype(accumulator)).astype(np.float32)
 
 
 def inverse_frequencies(config):
@@ -101,9 +107,14 @@ def head_dim(config):
 
 
 class Llama:
-    """tensors: the norms, embeddings and head by their Hugging Face names; linears: block linears by module path."""
+    """tensors: the norms, embeddings and head by their Hugging Face names; linears: block linears by module path.
 
-    def __init__(self, config, tensors, linears):
+    rounded: keep the residual stream, the norms' results, q, k, v, the attention's result and silu(gate) * up in BF16.
+    accumulator: of the linear layers' sums; float64 shows how much the order of float32 sums can matter."""
+
+    def __init__(self, config, tensors, linears, rounded=False, accumulator=np.float32):
+        self.round = round_bf16 if rounded else lambda x: x
+        self.accumulator = accumulator
         self.config, self.tensors, self.linears = config, tensors, linears
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         self.head_dim = head_dim(config)
@@ -113,24 +124,24 @@ class Llama:
     def _linear(self, name, x):
         if self.amax is not None:
             self.amax[name] = max(self.amax.get(name, 0.0), float(np.abs(x).max()))
-        return self.linears[name](x, self.kv_heads)
+        return self.linears[name](x, self.kv_heads, self.accumulator)
 
     def _norm(self, x, name):
         mean_square = (x * x).mean(axis=1, keepdims=True, dtype=np.float32)
-        return x / np.sqrt(mean_square + np.float32(self.config["rms_norm_eps"])) * self.tensors[name]
+        return self.round(x / np.sqrt(mean_square + np.float32(self.config["rms_norm_eps"])) * self.tensors[name])
 
     def _rotate(self, x):
         """x [tokens, heads, head_dim]; element j pairs with j + head_dim / 2."""
         angle = (np.arange(x.shape[0], dtype=np.float32)[:, None] * self.inv_freq).astype(np.float64)
         cos, sin = np.cos(angle).astype(np.float32)[:, None], np.sin(angle).astype(np.float32)[:, None]
         a, b = np.split(x, 2, axis=2)
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
+        return self.round(np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2))
 
     def _attention(self, x, prefix):
         tokens = x.shape[0]
         q = self._rotate(self._linear(prefix + "q_proj", x).reshape(tokens, self.heads, self.head_dim))
         k = self._rotate(self._linear(prefix + "k_proj", x).reshape(tokens, self.kv_heads, self.head_dim))
-        v = self._linear(prefix + "v_proj", x).reshape(tokens, self.kv_heads, self.head_dim)
+        v = self.round(self._linear(prefix + "v_proj", x)).reshape(tokens, self.kv_heads, self.head_dim)
         future = np.triu(np.full((tokens, tokens), -np.inf, dtype=np.float32), 1)
         out = np.empty_like(q)
         for head in range(self.heads):
@@ -138,19 +149,19 @@ class Llama:
             scores = q[:, head] @ k[:, kv].T / np.float32(np.sqrt(self.head_dim)) + future
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v[:, kv]
-        return self._linear(prefix + "o_proj", out.reshape(tokens, -1))
+        return self._linear(prefix + "o_proj", self.round(out.reshape(tokens, -1)))
 
     def _feed_forward(self, x, prefix):
         gate, up = self._linear(prefix + "gate_proj", x), self._linear(prefix + "up_proj", x)
-        return self._linear(prefix + "down_proj", gate / (1 + np.exp(-gate)) * up)
+        return self._linear(prefix + "down_proj", self.round(gate / (1 + np.exp(-gate)) * up))
 
     def log_probs(self, token_ids):
         """[tokens, vocab_size]: row i is the distribution of the token after token_ids[:i + 1]."""
-        x = self.tensors["model.embed_tokens.weight"][np.asarray(token_ids)]
+        x = self.round(self.tensors["model.embed_tokens.weight"][np.asarray(token_ids)])
         for i in range(self.config["num_hidden_layers"]):
             layer = f"model.layers.{i}."
-            x = x + self._attention(self._norm(x, layer + "input_layernorm.weight"), layer + "self_attn.")
-            x = x + self._feed_forward(self._norm(x, layer + "post_attention_layernorm.weight"), layer + "mlp.")
+            x = self.round(x + self._attention(self._norm(x, layer + "input_layernorm.weight"), layer + "self_attn."))
+            x = self.round(x + self._feed_forward(self._norm(x, layer + "post_attention_layernorm.weight"), layer + "mlp."))
         head = self.tensors.get("lm_head.weight", self.tensors["model.embed_tokens.weight"])
         logits = self._norm(x, "model.norm.weight") @ head.T
         logits -= logits.max(axis=1, keepdims=True)
@@ -205,6 +216,13 @@ def activation_scheme(directory, config):
     return lambda input_scale: ActivationScheme()
 
 
+def rounded_twins(model):
+    """(the model with BF16 rounding points and weights, the same with float64 sums)."""
+    tensors = {name: round_bf16(values) if values.ndim > 1 else values for name, values in model.tensors.items()}
+    linears = {name: linear.in_bf16() for name, linear in model.linears.items()}
+    return tuple(Llama(model.config, tensors, linears, True, accumulator) for accumulator in (np.float32, np.float64))
+
+
 def load(directory, quantize_activations=False):
     """A Llama from a Hugging Face directory: W8A16, or W8A8 as the checkpoint's recipe says."""
     config = json.loads((pathlib.Path(directory) / "config.json").read_text())
@@ -215,6 +233,7 @@ def load(directory, quantize_activations=False):
     for name in block_linears(config):
         linear = Linear(as_float(name + ".weight"), row_parallel=is_row_parallel(name))
         if name + ".weight_scale" in raw:
+            linear.is_fp8 = True
             linear.weight = linear.weight * as_float(name + ".weight_scale").reshape(-1, 1)
             if quantize_activations:
                 stored = as_float(name + ".input_scale").item() if name + ".input_scale" in raw else None

@@ -110,21 +110,24 @@ def make_variant(config, weights, prompts, recipe, fp8_activations, out):
     print(f"{variant}:")
     stored = apply_recipe(config, weights, recipe)
     scheme = reference.ActivationScheme("dynamic", upper_bound=1200.0)
-    schemes = {n: scheme for n in quantized_linears(config, recipe)} if fp8_activations else {}
+    fp8 = quantized_linears(config, recipe)
+    schemes = {n: scheme for n in fp8} if fp8_activations else {}
     state = {k: torch.from_numpy(v) for k, v in stored.items()}
     float32 = runs.build(config, state, torch.float32, schemes)
     bfloat16 = runs.build(config, state, torch.bfloat16, schemes)
     linears = {n: reference.Linear(stored[n + ".weight"], schemes.get(n, reference.ActivationScheme()),
-                                   reference.is_row_parallel(n)) for n in reference.block_linears(config)}
+                                   reference.is_row_parallel(n), n in fp8) for n in reference.block_linears(config)}
     independent = reference.Llama(config, stored, linears)
+    rounded, exact_sums = reference.rounded_twins(independent)
     golden = Golden("SmolLM2-135M-Instruct", variant, "fp8" if fp8_activations else "bf16",
                     "transformers float32", ["transformers_bfloat16", "numpy_float32"])
     for name, text, ids in prompts:
-        continuation = runs.greedy(float32, ids, STEPS)
+        continuation, rows = runs.greedy(float32, ids, STEPS)
         sequence = ids + continuation
-        golden.add({"name": name, "text": text, "token_ids": ids}, continuation, runs.log_probs(float32, sequence),
+        golden.add({"name": name, "text": text, "token_ids": ids}, continuation, rows,
                    {"transformers_bfloat16": runs.log_probs(bfloat16, sequence),
-                    "numpy_float32": independent.log_probs(sequence)}, PREFIXES)
+                    "numpy_float32": independent.log_probs(sequence)}, rounded.log_probs(sequence),
+                   {"float64_sums": exact_sums.log_probs(sequence), "float32_reference": rows}, PREFIXES)
     golden.write(out / f"{variant}.json")
 
 

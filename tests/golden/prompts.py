@@ -65,7 +65,7 @@ PROMPTS = [
     ("quicksort", QUICKSORT),
     ("c_code", C_CODE),
     ("json", '{"name": "Ada Lovelace", "born": 1815, "fields": ["mathematics", "computing"], "known_for":'),
-    ("sql", "SELECT customers.name, SUM(orders.total) AS revenue\nFROM customers\nJOIN orders ON"),
+    ("sql", "CREATE TABLE orders (\n  id INTEGER PRIMARY KEY,\n  customer_id INTEGER NOT NULL,\n"),
     ("html", "<!DOCTYPE html>\n<html>\n  <head>\n    <title>My page</title>\n  </head>\n  <body>\n    <h1>"),
     ("french", "Il était une fois, dans un petit village de Provence, un boulanger qui"),
     ("german", "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist"),

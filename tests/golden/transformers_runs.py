@@ -70,11 +70,28 @@ def log_probs(model, token_ids):
 
 
 @torch.inference_mode()
-def greedy(model, token_ids, steps):
-    """The `steps` most likely tokens one after the other, past any end token."""
+def _greedy_from(model, token_ids, steps):
     cache, tokens, out = None, token_ids, []
     for _ in range(steps):
         result = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
         cache, tokens = result.past_key_values, [int(result.logits[0, -1].argmax())]
         out += tokens
     return out
+
+
+def greedy(model, token_ids, steps, one_pass=None):
+    """(tokens, log-probs [prompt + steps, vocab_size]): the `steps` most likely tokens, past any end token.
+
+    Token by token and in one pass, float32 sums differ in their last bits, and a quantised activation may turn that into
+    another token. So the one pass has the last word: the tokens are changed until it agrees with every one of them.
+    one_pass(token_ids) -> log-probs may be another implementation of the same model."""
+    one_pass = one_pass or (lambda ids: log_probs(model, ids))
+    out = _greedy_from(model, token_ids, steps)
+    while True:
+        rows = one_pass(token_ids + out)
+        best = rows[len(token_ids) - 1:-1].argmax(axis=1).tolist()
+        if best == out:
+            return out, rows
+        agreed = next(k for k in range(steps) if best[k] != out[k])
+        out = out[:agreed] + [best[agreed]]
+        out += _greedy_from(model, token_ids + out, steps - len(out)) if len(out) < steps else []
