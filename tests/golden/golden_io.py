@@ -7,6 +7,7 @@ import platform
 import numpy as np
 
 TOP = 8
+FULL_STEPS = 16  # of a continuation; later steps keep the first two tokens
 
 
 class Bound:
@@ -52,16 +53,16 @@ def prefix_lengths(prompt_length, count):
 class Golden:
     """Gathers one variant: a reference's log-probs and how far other runs of the same weights are from it."""
 
-    def __init__(self, model, variant, activations, reference, runs, prompt_logprobs=True, full_steps=16):
-        self.prompt_logprobs, self.full_steps = prompt_logprobs, full_steps
+    def __init__(self, model, variant, activations, reference, runs, prompt_logprobs=True):
+        self.prompt_logprobs = prompt_logprobs
         self.data = {"format": 1, "model": model, "variant": variant, "activations": activations,
                      "reference": reference, "bounds": {}, "rounded_bounds": {}, "versions": versions(), "prompts": []}
         self.bounds = {run: {"points": Bound(), "prompts": Bound(), "other_top": 0} for run in runs}
         self.rounded_bounds = {}
 
     def add(self, prompt, continuation, reference, runs, rounded, near_rounded, prefixes):
-        """prompt: {"name", "text"?, "token_ids"}. The others are log-probs [tokens, vocab] of prompt + continuation: the float32
-        reference, runs to compare with it, the reference with BF16 rounding points, and runs to compare with that."""
+        """prompt: {"name", "text"?, "token_ids"}. The others are log-probs [tokens, vocab] of prompt + continuation: the
+        float32 reference, runs to compare with it, the reference with BF16 rounding points, and runs to compare with that."""
         ids = prompt["token_ids"]
         sequence = ids + continuation
         rows = np.arange(len(ids) - 1)
@@ -69,7 +70,7 @@ class Golden:
         points = []
         for length in prefix_lengths(len(ids), prefixes) + [len(ids) + k for k in range(len(continuation))]:
             row = reference[length - 1]
-            best = top(row, TOP if length < len(ids) + self.full_steps else 2)
+            best = top(row, TOP if length < len(ids) + FULL_STEPS else 2)
             points.append({"prefix": length, "top": [[i, digits(row[i])] for i in best],
                            "margin": digits(row[best[0]] - row[best[1]]),
                            "rounded": [digits(rounded[length - 1][i], 7) for i in best]})
@@ -91,7 +92,8 @@ class Golden:
         for name, bound in self.bounds.items():
             self.data["bounds"][name] = {"points": bound["points"].as_json(), "prompts": bound["prompts"].as_json(),
                                          "other_top": bound["other_top"]}
-            print(f"  {name:24} points: {bound['points']}; prompts: {bound['prompts']}; other top-1: {bound['other_top']}")
+            print(f"  {name:24} points: {bound['points']}; prompts: {bound['prompts']}; "
+                  f"other top-1: {bound['other_top']}")
         self.data["rounded_bounds"] = {name: bound.as_json() for name, bound in self.rounded_bounds.items()}
         for name, bound in self.rounded_bounds.items():
             print(f"  from rounded: {name:24} {bound}", flush=True)

@@ -1,4 +1,4 @@
-"""An independent Llama in numpy float32: the textbook forward pass and the FP8 recipes, written from the format descriptions.
+"""An independent Llama in numpy float32: the textbook forward pass and the FP8 recipes, from the formats' descriptions.
 Shares nothing with the C++ engine, and reads checkpoints only through the `safetensors` package."""
 
 import json
@@ -81,7 +81,7 @@ class Linear:
     def __call__(self, x, slices, accumulator=np.float32):
         groups = slice_ends(x.shape[1], slices) if self.row_parallel else [x.shape[1]]
         x = self.activations.apply(x, groups)
-        return (x.astype(accumulator) @ self.weight.T.astype(accumulator)).astype(np.float32)
+        return np.matmul(x, self.weight.T, dtype=accumulator).astype(np.float32, copy=False)
 
 
 def inverse_frequencies(config):

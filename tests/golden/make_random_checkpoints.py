@@ -1,5 +1,5 @@
-"""Writes small random checkpoints shaped like Llama 3.1, one directory per format: python make_random_checkpoints.py OUT_DIR [--shape tiny|small]
-Seeds are fixed. Files come from the `safetensors` package; tokenizer.json is a tiny byte-level BPE in Llama 3's structure."""
+"""Writes random checkpoints shaped like Llama 3.1, one directory per format: make_random_checkpoints.py OUT_DIR [--shape S]
+Seeds are fixed; files come from package `safetensors`; tokenizer.json is a tiny byte-level BPE in Llama 3's structure."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ class Format:
     shards: int = 1
 
 
-# head_dim 8 gives four frequencies: one above, one or two inside and one or two below the blended band, by original_context.
+# head_dim 8 gives four RoPE frequencies: with either original_context some are kept, one is blended and some are divided.
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 16,
              "num_key_value_heads": 8, "head_dim": 8, "vocab_size": 288},
@@ -42,7 +42,7 @@ FORMATS = [
     Format("f16_head_dim_absent", 2, {"num_attention_heads": 8, "head_dim": None}, torch.float16, original_context=256),
     Format("f32_rope_parameters", 3, {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 8}, torch.float32,
            original_context=256, rope_parameters=True, eos_token_ids=("<|end_of_text|>",)),
-    # 132 columns and 300 rows in 8 slices: no two neighbours have the same length.
+    # 132 columns and 300 vocabulary rows make 8 slices of unequal lengths.
     Format("fbgemm_fp8", 4, {"hidden_size": 48, "intermediate_size": 132, "num_hidden_layers": 3, "vocab_size": 300},
            recipe="fbgemm_fp8"),
     Format("compressed_tensors_static", 5, recipe="ct_static", original_context=256),

@@ -1,5 +1,5 @@
 """Makes the goldens of the random checkpoints: python make_random_goldens.py [CHECKPOINTS] [OUT]
-The reference is llama_reference.py (numpy float32); transformers over the same weights checks it and gives the bfloat16 bounds."""
+The reference is llama_reference.py (numpy); transformers over the same weights checks it and gives the bfloat16 bounds."""
 
 import argparse
 import pathlib

@@ -1,4 +1,4 @@
-"""Transformers' LlamaForCausalLM over weights of our choosing, in float32 or in its own bfloat16, with FP8 activations by hooks.
+"""Transformers' LlamaForCausalLM over given weights, in float32 or in its own bfloat16, with FP8 activations by hooks.
 The quantisers here are torch's float8 casts, on purpose not those of llama_reference.py: one checks the other."""
 
 import torch
@@ -31,7 +31,7 @@ def fake_quantize(x, scheme, group_ends):
 
 
 def build(config, state_dict, dtype, schemes=None):
-    """state_dict: float32 weights by Hugging Face name. dtype: of the model. schemes: module path -> ActivationScheme.
+    """state_dict: float32 weights by Hugging Face name. schemes: module path -> ActivationScheme.
 
     A linear with a scheme multiplies in float32 and rounds its result to dtype, as an FP8 GEMM with FP32 accumulation does."""
     values = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
