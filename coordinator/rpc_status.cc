@@ -1,0 +1,52 @@
+#include "coordinator/rpc_status.h"
+
+#include <algorithm>
+
+#include "absl/strings/cord.h"
+#include "absl/strings/str_cat.h"
+#include "google/rpc/error_details.pb.h"
+#include "google/rpc/status.pb.h"
+
+namespace octet {
+namespace {
+
+constexpr char kBadRequestUrl[] = "type.googleapis.com/google.rpc.BadRequest";
+// A status travels as metadata, of which clients take 8 KiB by default.
+constexpr size_t kMaxViolations = 8;
+constexpr size_t kMaxMessageBytes = 2000;
+
+}  // namespace
+
+absl::Status bad_request(const std::vector<FieldViolation>& violations) {
+  google::rpc::BadRequest details;
+  std::string message;
+  const size_t shown = std::min(violations.size(), kMaxViolations);
+  for (size_t i = 0; i < shown; ++i) {
+    absl::StrAppend(&message, i == 0 ? "" : "; ", violations[i].field, " ", violations[i].description);
+    google::rpc::BadRequest::FieldViolation* to = details.add_field_violations();
+    to->set_field(violations[i].field);
+    to->set_description(violations[i].description);
+  }
+  if (shown < violations.size()) absl::StrAppend(&message, "; and ", violations.size() - shown, " more");
+  absl::Status status = absl::InvalidArgumentError(message);
+  status.SetPayload(kBadRequestUrl, absl::Cord(details.SerializeAsString()));
+  return status;
+}
+
+grpc::Status to_rpc_status(const absl::Status& status) {
+  if (status.ok()) return grpc::Status::OK;
+  const auto code = static_cast<grpc::StatusCode>(status.code());
+  const std::string message(status.message().substr(0, kMaxMessageBytes));
+  google::rpc::Status details;
+  status.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) {
+    google::protobuf::Any* any = details.add_details();
+    any->set_type_url(std::string(url));
+    any->set_value(std::string(payload));
+  });
+  if (details.details().empty()) return {code, message};
+  details.set_code(code);
+  details.set_message(message);
+  return {code, message, details.SerializeAsString()};
+}
+
+}  // namespace octet

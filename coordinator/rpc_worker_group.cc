@@ -1,0 +1,441 @@
+#include "coordinator/rpc_worker_group.h"
+
+#include <grpcpp/ext/health_check_service_server_builder_option.h>
+#include <grpcpp/grpcpp.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/synchronization/mutex.h"
+#include "coordinator/token_auth.h"
+#include "kernels/check.h"
+#include "octet/internal/v1/worker.grpc.pb.h"
+#include "worker/step_wire.h"
+
+namespace octet {
+namespace {
+
+namespace wire_v1 = internal::v1;
+
+constexpr absl::Duration kStopTimeout = absl::Seconds(10);
+constexpr size_t kMaxSocketPath = 100;  // sockaddr_un has room for 107 bytes
+
+// A directory of this user's own for the socket. Removed as soon as every rank is in, so a killed job leaves nothing
+// behind.
+absl::StatusOr<std::string> make_private_directory() {
+  const char* chosen = std::getenv("TMPDIR");
+  std::string base = chosen != nullptr && *chosen == '/' ? chosen : "/tmp";
+  if (base.size() > kMaxSocketPath - 32) base = "/tmp";
+  std::string path = base + "/octet-XXXXXX";
+  if (mkdtemp(path.data()) == nullptr) {  // mode 0700
+    return absl::FailedPreconditionError(absl::StrCat("the directory ", path, " for the ranks' socket cannot be made: ",
+                                                      std::strerror(errno), "; set TMPDIR to one that can be written"));
+  }
+  return path;
+}
+
+// The public server's library services (reflection, health) register themselves with every builder of the process; ranks
+// get none of them.
+class NoLibraryServices final : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override { plugins->clear(); }
+};
+
+// What one rank said about a step.
+struct Answer {
+  uint64_t digest = 0;
+  std::string error;
+};
+
+// A submitted plan and what has come back for it.
+struct Pending {
+  uint64_t step = 0;
+  bool stop = false;
+  std::optional<StepResult> local;
+  std::vector<std::optional<Answer>> remote;  // [ranks - 1], rank r at r - 1
+  int32_t missing = 0;
+};
+
+}  // namespace
+
+// One mutex guards the group and all its streams: a step takes it a handful of times.
+struct RpcWorkerGroup::Impl final : public wire_v1::WorkerService::CallbackService {
+  class RankStream;
+
+  Impl(const RpcWorkerGroupOptions& options, WorkerFunction local)
+      : options(options), streams(options.ranks - 1, nullptr), local(std::move(local)) {}
+
+  grpc::ServerBidiReactor<wire_v1::RankMessage, wire_v1::Plan>* Work(grpc::CallbackServerContext* context) override;
+
+  absl::Status start_server();
+  void remove_socket();
+  void run_local();
+
+  absl::Status admit(RankStream* stream, int32_t rank) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
+  void take_answer(int32_t rank, const wire_v1::Result& result) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
+  void fail(absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
+  void announce_failure() ABSL_LOCKS_EXCLUDED(mutex);
+  absl::Status compare(const Pending& pending) const;
+
+  const RpcWorkerGroupOptions options;
+  std::string socket_directory, local_address, remote_address;
+
+  absl::Mutex mutex;
+  std::vector<RankStream*> streams ABSL_GUARDED_BY(mutex);  // rank r at r - 1; null: not here
+  int32_t open_streams ABSL_GUARDED_BY(mutex) = 0;
+  int32_t ranks_here ABSL_GUARDED_BY(mutex) = 0;
+  std::deque<Pending> pending ABSL_GUARDED_BY(mutex);
+  std::deque<StepPlan> local_plans ABSL_GUARDED_BY(mutex);
+  bool stop_submitted ABSL_GUARDED_BY(mutex) = false;
+  bool closing ABSL_GUARDED_BY(mutex) = false;
+  absl::Status failure ABSL_GUARDED_BY(mutex);
+  bool failure_announced ABSL_GUARDED_BY(mutex) = false;
+
+  WorkerFunction local;
+  std::thread local_thread;
+  std::unique_ptr<grpc::Server> server;  // last: streams use what is above
+};
+
+// Rank 0's end of one rank's stream. Lives until OnDone. Its state is guarded by the group's mutex.
+class RpcWorkerGroup::Impl::RankStream final : public grpc::ServerBidiReactor<wire_v1::RankMessage, wire_v1::Plan> {
+ public:
+  explicit RankStream(Impl* group) : group_(group) { StartRead(&incoming_); }
+
+  void send(std::shared_ptr<const wire_v1::Plan> plan) {
+    outgoing_.push_back(std::move(plan));
+    write_next();
+  }
+
+  void finish(const grpc::Status& status) {
+    if (std::exchange(finished_, true)) return;
+    Finish(status);
+  }
+
+  int32_t rank() const { return rank_; }
+  uint64_t answered = 0;  // plans this rank has answered
+
+  void OnReadDone(bool ok) override {
+    {
+      absl::MutexLock lock(&group_->mutex);
+      if (!ok) {
+        lost();
+      } else if (rank_ == 0) {
+        greet();
+      } else if (incoming_.has_result()) {
+        group_->take_answer(rank_, incoming_.result());
+      }
+      if (ok && !finished_) StartRead(&incoming_);
+    }
+    group_->announce_failure();
+  }
+
+  void OnWriteDone(bool ok) override {
+    absl::MutexLock lock(&group_->mutex);
+    writing_ = false;
+    if (ok) write_next();  // otherwise the read side finds the stream broken and says so
+  }
+
+  void OnCancel() override {
+    {
+      absl::MutexLock lock(&group_->mutex);
+      lost();
+    }
+    group_->announce_failure();
+  }
+
+  void OnDone() override {
+    {
+      absl::MutexLock lock(&group_->mutex);
+      if (rank_ != 0) group_->streams[rank_ - 1] = nullptr;
+      --group_->open_streams;
+    }
+    delete this;
+  }
+
+ private:
+  void greet() {
+    const absl::Status status = incoming_.has_hello() ? group_->admit(this, incoming_.hello().rank())
+                                                      : absl::InvalidArgumentError("the first message must be Hello");
+    if (status.ok()) {
+      rank_ = incoming_.hello().rank();
+    } else {
+      finish({static_cast<grpc::StatusCode>(status.code()), std::string(status.message())});
+    }
+  }
+
+  void lost() {
+    if (rank_ != 0 && !finished_ && !group_->closing) {
+      group_->fail(absl::UnavailableError(
+          absl::StrCat("rank ", rank_, " is lost: its plan stream broke, the process has ended or hangs")));
+    }
+    finish(grpc::Status::CANCELLED);
+  }
+
+  void write_next() {
+    if (writing_ || finished_ || outgoing_.empty()) return;
+    sending_ = std::move(outgoing_.front());
+    outgoing_.pop_front();
+    writing_ = true;
+    StartWrite(sending_.get());
+  }
+
+  Impl* const group_;
+  int32_t rank_ = 0;  // 0: has not said Hello
+  wire_v1::RankMessage incoming_;
+  std::deque<std::shared_ptr<const wire_v1::Plan>> outgoing_;
+  std::shared_ptr<const wire_v1::Plan> sending_;
+  bool writing_ = false;
+  bool finished_ = false;
+};
+
+grpc::ServerBidiReactor<wire_v1::RankMessage, wire_v1::Plan>* RpcWorkerGroup::Impl::Work(grpc::CallbackServerContext*) {
+  absl::MutexLock lock(&mutex);
+  ++open_streams;
+  return new RankStream(this);
+}
+
+absl::Status RpcWorkerGroup::Impl::start_server() {
+  absl::StatusOr<std::string> directory = make_private_directory();
+  if (!directory.ok()) return directory.status();
+  socket_directory = *directory;
+  local_address = absl::StrCat("unix:", socket_directory, "/plans.sock");
+
+  std::shared_ptr<grpc::ServerCredentials> credentials = token_server_credentials(options.job_secret);
+  grpc::ServerBuilder builder;
+  builder.SetOption(std::make_unique<NoLibraryServices>());
+  builder.SetOption(std::make_unique<grpc::HealthCheckServiceServerBuilderOption>(nullptr));
+  builder.RegisterService(this);
+  builder.AddListeningPort(local_address, credentials);
+  int tcp_port = 0;
+  if (options.remote_ranks) builder.AddListeningPort("[::]:0", credentials, &tcp_port);
+  builder.SetMaxReceiveMessageSize(64 << 10);  // ranks answer with a digest
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  // As on the ranks' side: pings find a peer that hangs without closing its socket.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);
+  server = builder.BuildAndStart();
+  if (server == nullptr) {
+    return absl::UnavailableError(absl::StrCat("rank 0 cannot listen for the other ranks at ", local_address,
+                                               options.remote_ranks ? " and on a TCP port of its choice" : ""));
+  }
+  if (chmod((socket_directory + "/plans.sock").c_str(), 0600) != 0) {
+    return absl::InternalError(absl::StrCat(local_address, ": ", std::strerror(errno)));
+  }
+  if (options.remote_ranks) remote_address = absl::StrCat(options.host, ":", tcp_port);
+  return absl::OkStatus();
+}
+
+void RpcWorkerGroup::Impl::remove_socket() {
+  if (socket_directory.empty()) return;
+  unlink((socket_directory + "/plans.sock").c_str());
+  rmdir(socket_directory.c_str());
+  socket_directory.clear();
+}
+
+void RpcWorkerGroup::Impl::run_local() {
+  while (true) {
+    StepPlan plan;
+    {
+      absl::MutexLock lock(&mutex);
+      mutex.Await(absl::Condition(
+          +[](Impl* self) { return self->closing || !self->local_plans.empty(); }, this));
+      if (closing) return;
+      plan = std::move(local_plans.front());
+      local_plans.pop_front();
+    }
+    StepResult result = local(plan);
+    absl::MutexLock lock(&mutex);
+    // Steps finish in order, so the oldest without a local result is this one.
+    for (Pending& step : pending) {
+      if (step.local.has_value()) continue;
+      step.local = std::move(result);
+      --step.missing;
+      break;
+    }
+    if (plan.stop) return;
+  }
+}
+
+absl::Status RpcWorkerGroup::Impl::admit(RankStream* stream, int32_t rank) {
+  if (rank < 1 || rank >= options.ranks) {
+    return absl::InvalidArgumentError(absl::StrCat("rank must be 1 to ", options.ranks - 1, ", found ", rank));
+  }
+  if (!failure.ok()) return failure;
+  if (streams[rank - 1] != nullptr) return absl::AlreadyExistsError(absl::StrCat("rank ", rank, " is here already"));
+  streams[rank - 1] = stream;
+  ++ranks_here;
+  return absl::OkStatus();
+}
+
+void RpcWorkerGroup::Impl::take_answer(int32_t rank, const wire_v1::Result& result) {
+  for (Pending& step : pending) {
+    if (step.remote[rank - 1].has_value()) continue;
+    if (step.step != result.step()) {
+      return fail(absl::UnavailableError(
+          absl::StrCat("rank ", rank, " answered step ", result.step(), " when ", step.step, " was its next")));
+    }
+    step.remote[rank - 1] = Answer{.digest = result.sampled_digest(), .error = result.error()};
+    --step.missing;
+    if (step.stop) streams[rank - 1]->finish(grpc::Status::OK);
+    return;
+  }
+  fail(absl::UnavailableError(
+      absl::StrCat("rank ", rank, " answered step ", result.step(), ", which nobody asked for")));
+}
+
+// The group is dead from here on: every rank is told why, so that each can end its process.
+void RpcWorkerGroup::Impl::fail(absl::Status status) {
+  if (!failure.ok()) return;
+  failure = std::move(status);
+  for (RankStream* stream : streams) {
+    if (stream != nullptr) stream->finish({grpc::StatusCode::UNAVAILABLE, std::string(failure.message())});
+  }
+}
+
+void RpcWorkerGroup::Impl::announce_failure() {
+  absl::Status status;
+  {
+    absl::MutexLock lock(&mutex);
+    if (failure.ok() || failure_announced) return;
+    failure_announced = true;
+    status = failure;
+  }
+  if (options.on_failure) options.on_failure(status);
+}
+
+absl::Status RpcWorkerGroup::Impl::compare(const Pending& pending) const {
+  const uint64_t digest = sampled_digest(*pending.local);
+  for (size_t i = 0; i < pending.remote.size(); ++i) {
+    const Answer& answer = *pending.remote[i];
+    if (answer.error.empty() != pending.local->error.empty()) {
+      return absl::UnavailableError(absl::StrCat("rank ", i + 1, " disagrees with rank 0 about step ", pending.step,
+                                                 ": rank ", i + 1, " says \"",
+                                                 answer.error.empty() ? "fine" : answer.error, "\", rank 0 says \"",
+                                                 pending.local->error.empty() ? "fine" : pending.local->error, "\""));
+    }
+    if (answer.digest != digest) {
+      return absl::UnavailableError(absl::StrCat("rank ", i + 1, " disagrees with rank 0 about step ", pending.step,
+                                                 ": it sampled other tokens (digest ", absl::Hex(answer.digest),
+                                                 ", not ", absl::Hex(digest),
+                                                 "); the ranks' builds or weights differ, or memory failed"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<RpcWorkerGroup>> RpcWorkerGroup::listen(const RpcWorkerGroupOptions& options,
+                                                                       WorkerFunction local) {
+  OCTET_CHECK(options.ranks >= 1, absl::StrCat("a group of ", options.ranks, " ranks"));
+  auto impl = std::make_unique<Impl>(options, std::move(local));
+  std::unique_ptr<RpcWorkerGroup> group(new RpcWorkerGroup(std::move(impl)));
+  if (options.ranks > 1) {
+    if (absl::Status status = group->impl_->start_server(); !status.ok()) return status;
+  }
+  group->impl_->local_thread = std::thread([impl = group->impl_.get()] { impl->run_local(); });
+  return group;
+}
+
+RpcWorkerGroup::RpcWorkerGroup(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+RpcWorkerGroup::~RpcWorkerGroup() {
+  {
+    absl::MutexLock lock(&impl_->mutex);
+    // Whoever submitted the stop plan need not have collected its answers.
+    const auto settled = +[](Impl* impl) {
+      return !impl->failure.ok() || impl->pending.empty() || impl->pending.back().missing == 0;
+    };
+    if (impl_->stop_submitted) impl_->mutex.AwaitWithTimeout(absl::Condition(settled, impl_.get()), kStopTimeout);
+    impl_->closing = true;
+    for (Impl::RankStream* stream : impl_->streams) {
+      if (stream != nullptr) stream->finish({grpc::StatusCode::UNAVAILABLE, "rank 0 is ending"});
+    }
+  }
+  if (impl_->local_thread.joinable()) impl_->local_thread.join();
+  if (impl_->server != nullptr) {
+    impl_->server->Shutdown(absl::ToChronoTime(absl::Now() + absl::Seconds(1)));
+    impl_->server->Wait();
+    absl::MutexLock lock(&impl_->mutex);
+    impl_->mutex.Await(absl::Condition(
+        +[](Impl* impl) { return impl->open_streams == 0; }, impl_.get()));
+  }
+  impl_->remove_socket();
+}
+
+const std::string& RpcWorkerGroup::local_address() const { return impl_->local_address; }
+const std::string& RpcWorkerGroup::remote_address() const { return impl_->remote_address; }
+
+absl::Status RpcWorkerGroup::wait_for_ranks(absl::Duration timeout) {
+  {
+    absl::MutexLock lock(&impl_->mutex);
+    const auto settled = +[](Impl* impl) { return !impl->failure.ok() || impl->ranks_here == impl->options.ranks - 1; };
+    const bool in_time = impl_->mutex.AwaitWithTimeout(absl::Condition(settled, impl_.get()), timeout);
+    if (!impl_->failure.ok()) return impl_->failure;
+    if (!in_time) {
+      std::vector<int32_t> absent;
+      for (int32_t rank = 1; rank < impl_->options.ranks; ++rank) {
+        if (impl_->streams[rank - 1] == nullptr) absent.push_back(rank);
+      }
+      return absl::DeadlineExceededError(absl::StrCat("after ", absl::FormatDuration(timeout), " rank ",
+                                                      absl::StrJoin(absent, ", "), " has not dialled rank 0"));
+    }
+  }
+  impl_->remove_socket();
+  return absl::OkStatus();
+}
+
+void RpcWorkerGroup::submit(const StepPlan& plan) {
+  std::shared_ptr<wire_v1::Plan> wire;
+  if (impl_->options.ranks > 1) {
+    wire = std::make_shared<wire_v1::Plan>();
+    encode(plan, wire.get());
+  }
+  absl::MutexLock lock(&impl_->mutex);
+  OCTET_CHECK(!impl_->stop_submitted, "a plan after the stop plan");
+  impl_->stop_submitted = plan.stop;
+  const int32_t ranks = impl_->options.ranks;
+  impl_->pending.push_back({.step = plan.step, .stop = plan.stop, .local = {}, .remote = {}, .missing = ranks});
+  impl_->pending.back().remote.resize(ranks - 1);
+  if (!impl_->failure.ok()) return;  // collect() says so
+  impl_->local_plans.push_back(plan);
+  for (Impl::RankStream* stream : impl_->streams) {
+    if (stream != nullptr) stream->send(wire);
+  }
+}
+
+absl::StatusOr<StepResult> RpcWorkerGroup::collect() {
+  absl::StatusOr<StepResult> answer;
+  {
+    absl::MutexLock lock(&impl_->mutex);
+    OCTET_CHECK(!impl_->pending.empty(), "collect() without a submitted plan");
+    impl_->mutex.Await(absl::Condition(
+        +[](Impl* impl) { return !impl->failure.ok() || impl->pending.front().missing == 0; }, impl_.get()));
+    Pending oldest = std::move(impl_->pending.front());
+    impl_->pending.pop_front();
+    if (impl_->failure.ok()) {
+      if (absl::Status status = impl_->compare(oldest); !status.ok()) impl_->fail(std::move(status));
+    }
+    if (impl_->failure.ok()) {
+      answer = *std::move(oldest.local);
+    } else {
+      answer = impl_->failure;
+    }
+  }
+  impl_->announce_failure();
+  return answer;
+}
+
+}  // namespace octet

@@ -1,0 +1,200 @@
+// The plan on the wire: everything a plan can say survives the trip, and nothing hostile survives decode.
+#include "worker/step_wire.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+
+#include "octet/internal/v1/worker.pb.h"
+
+namespace octet {
+namespace {
+
+namespace wire_v1 = internal::v1;
+
+class PlanMaker {
+ public:
+  explicit PlanMaker(uint64_t seed) : random_(seed) {}
+
+  StepPlan plan() {
+    StepPlan plan;
+    plan.step = random_();
+    plan.stop = coin();
+    plan.close = indices(4);
+    plan.open.resize(below(4));
+    for (SlotOpen& open : plan.open) open = {.slot = index(), .sampling = sampling()};
+    plan.blocks.resize(below(4));
+    for (SlotBlocks& blocks : plan.blocks) blocks = {.slot = index(), .blocks = indices(40)};
+    plan.run.resize(below(4));
+    for (SlotTokens& run : plan.run) {
+      run = {.slot = index(),
+             .position = below(1 << 20),
+             .tokens = indices(300),
+             .from_last_sample = false,
+             .sample = coin()};
+      run.from_last_sample = run.tokens.empty();
+    }
+    return plan;
+  }
+
+  StepResult result() {
+    StepResult result;
+    result.step = random_();
+    result.sampled.resize(1 + below(4));
+    for (SampledToken& sampled : result.sampled) {
+      sampled = {.slot = index(), .chosen = {index(), -real()}, .top = {}};
+      sampled.top.resize(below(4));
+      for (TokenLogprob& other : sampled.top) other = {index(), -real()};
+    }
+    return result;
+  }
+
+  int32_t below(int32_t bound) { return static_cast<int32_t>(random_() % static_cast<uint64_t>(bound)); }
+
+ private:
+  bool coin() { return (random_() & 1) != 0; }
+  int32_t index() { return coin() ? below(200'000) : below(std::numeric_limits<int32_t>::max()); }
+  float real() { return static_cast<float>(random_()) / 1e19f; }
+  std::vector<int32_t> indices(int32_t bound) {
+    std::vector<int32_t> indices(below(bound));
+    for (int32_t& i : indices) i = index();
+    return indices;
+  }
+  SlotSampling sampling() {
+    return {.temperature = real(),
+            .top_k = index(),
+            .top_p = 1.0f - real() / 4,
+            .min_p = real() / 4,
+            .seed = random_(),
+            .output_index = static_cast<uint32_t>(random_()),
+            .top_logprobs = below(21)};
+  }
+
+  std::mt19937_64 random_;
+};
+
+TEST(StepWire, CarriesEveryPlanUnchanged) {
+  PlanMaker maker(1);
+  wire_v1::Plan wire;  // used again, as the worker group may
+  for (int i = 0; i < 2000; ++i) {
+    const StepPlan plan = maker.plan();
+    encode(plan, &wire);
+    wire_v1::Plan received;
+    ASSERT_TRUE(received.ParseFromString(wire.SerializeAsString()));
+    absl::StatusOr<StepPlan> decoded = decode(received);
+    ASSERT_TRUE(decoded.ok()) << decoded.status();
+    ASSERT_EQ(*decoded, plan);
+  }
+}
+
+// Whatever bytes arrive, decode answers with a plan that keeps its own rules or with a sentence.
+TEST(StepWire, SurvivesMutatedBytes) {
+  PlanMaker maker(2);
+  int accepted = 0, refused = 0, unparsable = 0;
+  for (int i = 0; i < 20'000; ++i) {
+    wire_v1::Plan wire;
+    encode(maker.plan(), &wire);
+    std::string bytes = wire.SerializeAsString();
+    for (int flips = 1 + maker.below(3); flips > 0 && !bytes.empty(); --flips) {
+      bytes[maker.below(static_cast<int32_t>(bytes.size()))] = static_cast<char>(maker.below(256));
+    }
+    wire_v1::Plan received;
+    if (!received.ParseFromString(bytes)) {
+      ++unparsable;
+      continue;
+    }
+    absl::StatusOr<StepPlan> decoded = decode(received);
+    if (!decoded.ok()) {
+      EXPECT_EQ(decoded.status().code(), absl::StatusCode::kInvalidArgument);
+      ++refused;
+      continue;
+    }
+    ++accepted;
+    for (const SlotTokens& run : decoded->run) {
+      ASSERT_GE(run.slot, 0);
+      ASSERT_GE(run.count(), 1);
+      ASSERT_GE(int64_t{run.position} + run.count(), 1);
+      ASSERT_LE(int64_t{run.position} + run.count(), std::numeric_limits<int32_t>::max());
+    }
+  }
+  EXPECT_GT(accepted, 0);
+  EXPECT_GT(refused, 0);
+  EXPECT_GT(unparsable, 0);
+}
+
+struct Hostile {
+  const char* names;
+  void (*spoil)(wire_v1::Plan*);
+};
+
+TEST(StepWire, RefusesWhatAPlanMustNotSayAndNamesIt) {
+  const Hostile cases[] = {
+      {"close", [](wire_v1::Plan* plan) { plan->add_close(-1); }},
+      {"open.slot", [](wire_v1::Plan* plan) { plan->mutable_open(0)->set_slot(-2); }},
+      {"sampling.temperature",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_temperature(std::nanf("")); }},
+      {"sampling.temperature",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_temperature(HUGE_VALF); }},
+      {"sampling.top_p", [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_top_p(0); }},
+      {"sampling.top_p",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_top_p(std::nanf("")); }},
+      {"sampling.min_p", [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_min_p(1.5f); }},
+      {"sampling.top_k", [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_top_k(-1); }},
+      {"sampling.top_logprobs",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_top_logprobs(-1); }},
+      {"blocks.slot", [](wire_v1::Plan* plan) { plan->mutable_blocks(0)->set_slot(-1); }},
+      {"blocks.blocks", [](wire_v1::Plan* plan) { plan->mutable_blocks(0)->set_blocks(0, -7); }},
+      {"run.slot", [](wire_v1::Plan* plan) { plan->mutable_run(0)->set_slot(-1); }},
+      {"run.position", [](wire_v1::Plan* plan) { plan->mutable_run(0)->set_position(-1); }},
+      {"run.position",
+       [](wire_v1::Plan* plan) { plan->mutable_run(0)->set_position(std::numeric_limits<int32_t>::max()); }},
+      {"run.tokens", [](wire_v1::Plan* plan) { plan->mutable_run(0)->set_tokens(1, -1); }},
+      {"run.tokens", [](wire_v1::Plan* plan) { plan->mutable_run(0)->clear_tokens(); }},
+      {"run.tokens", [](wire_v1::Plan* plan) { plan->mutable_run(0)->set_from_last_sample(true); }},
+  };
+  StepPlan good{.step = 7,
+                .close = {1},
+                .open = {{.slot = 1, .sampling = {}}},
+                .blocks = {{.slot = 1, .blocks = {4, 5}}},
+                .run = {{.slot = 1, .position = 0, .tokens = {10, 11}, .from_last_sample = false, .sample = true}},
+                .stop = false};
+  for (const Hostile& hostile : cases) {
+    wire_v1::Plan wire;
+    encode(good, &wire);
+    ASSERT_TRUE(decode(wire).ok());
+    hostile.spoil(&wire);
+    absl::StatusOr<StepPlan> decoded = decode(wire);
+    ASSERT_FALSE(decoded.ok()) << hostile.names;
+    EXPECT_NE(std::string(decoded.status().message()).find(hostile.names), std::string::npos) << decoded.status();
+  }
+}
+
+TEST(SampledDigest, ChangesWithEveryPartOfAResult) {
+  PlanMaker maker(3);
+  for (int i = 0; i < 500; ++i) {
+    const StepResult result = maker.result();
+    const uint64_t digest = sampled_digest(result);
+    EXPECT_EQ(sampled_digest(StepResult(result)), digest);
+    StepResult other = result;
+    other.sampled[0].slot ^= 1;
+    EXPECT_NE(sampled_digest(other), digest);
+    other = result;
+    other.sampled.back().chosen.token ^= 1 << 10;
+    EXPECT_NE(sampled_digest(other), digest);
+    other = result;
+    other.sampled[0].chosen.logprob = std::nextafter(other.sampled[0].chosen.logprob, -100.0f);
+    EXPECT_NE(sampled_digest(other), digest);
+    other = result;
+    other.sampled[0].top.push_back({1, -1.0f});
+    EXPECT_NE(sampled_digest(other), digest);
+    other = result;
+    other.sampled.pop_back();
+    EXPECT_NE(sampled_digest(other), digest);
+  }
+}
+
+}  // namespace
+}  // namespace octet

@@ -1,0 +1,175 @@
+#include "worker/worker_service.h"
+
+#include <grpcpp/grpcpp.h>
+
+#include <chrono>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "octet/internal/v1/worker.grpc.pb.h"
+#include "worker/step_wire.h"
+
+namespace octet {
+namespace {
+
+namespace wire_v1 = internal::v1;
+
+std::shared_ptr<grpc::Channel> make_channel(const std::string& target) {
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(-1);  // plans come from rank 0, which is trusted, and a prompt may be long
+  // Pings find a peer that hangs without closing its socket; generous, because ranks may share few cores.
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // a proxy of the environment is not meant for this
+  return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+}
+
+// The stream: reads ahead (plan n+1 arrives while n runs), one write in flight. Every reaction is a gRPC thread's;
+// next() and answer() are the worker thread's.
+class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wire_v1::Plan> {
+ public:
+  PlanStream(wire_v1::WorkerService::Stub* stub, const WorkerServiceOptions& options) : options_(options) {
+    context_.AddMetadata("authorization", absl::StrCat("Bearer ", options.job_secret));
+    stub->async()->Work(&context_, this);
+    sending_.mutable_hello()->set_rank(options.rank);
+    writing_ = true;
+    StartWrite(&sending_);
+    StartRead(&receiving_);
+    StartCall();
+  }
+
+  ~PlanStream() override { absl::MutexLock lock(&mutex_); }  // OnDone has left its critical section
+
+  // The next plan as it came, or nothing when the stream ended: status() says how.
+  std::optional<wire_v1::Plan> next() {
+    absl::MutexLock lock(&mutex_);
+    mutex_.Await(absl::Condition(
+        +[](PlanStream* self) { return !self->plans_.empty() || self->done_; }, this));
+    if (plans_.empty()) return std::nullopt;
+    wire_v1::Plan plan = std::move(plans_.front());
+    plans_.pop_front();
+    return plan;
+  }
+
+  void answer(wire_v1::RankMessage message) {
+    absl::MutexLock lock(&mutex_);
+    if (done_) return;
+    answers_.push_back(std::move(message));
+    write_next();
+  }
+
+  // From now on the end of the stream is no loss.
+  void expect_end() {
+    absl::MutexLock lock(&mutex_);
+    end_expected_ = true;
+  }
+
+  void cancel() { context_.TryCancel(); }
+
+  // Waits for the end.
+  absl::Status status() {
+    absl::MutexLock lock(&mutex_);
+    mutex_.Await(absl::Condition(&done_));
+    return status_;
+  }
+
+  void OnReadDone(bool ok) override {
+    if (!ok) return;
+    {
+      absl::MutexLock lock(&mutex_);
+      plans_.push_back(std::move(receiving_));
+    }
+    receiving_.Clear();
+    StartRead(&receiving_);
+  }
+
+  void OnWriteDone(bool ok) override {
+    absl::MutexLock lock(&mutex_);
+    writing_ = false;
+    if (ok) write_next();
+  }
+
+  void OnDone(const grpc::Status& status) override {
+    bool lost = false;
+    absl::Status result;
+    {
+      absl::MutexLock lock(&mutex_);
+      if (!status.ok()) {
+        status_ = absl::Status(static_cast<absl::StatusCode>(status.error_code()),
+                               absl::StrCat("rank ", options_.rank, ": the plan stream from rank 0 (",
+                                            options_.coordinator, ") ended: ", status.error_message()));
+      } else if (!end_expected_) {
+        status_ = absl::UnavailableError(absl::StrCat(
+            "rank ", options_.rank, ": the coordinator (rank 0) ended the plan stream before the stop plan"));
+      }
+      lost = !end_expected_;
+      result = status_;
+    }
+    if (lost && options_.on_lost) options_.on_lost(result);
+    absl::MutexLock lock(&mutex_);
+    done_ = true;  // last: the owner may destroy this once it is seen
+  }
+
+ private:
+  void write_next() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (writing_ || answers_.empty()) return;
+    sending_ = std::move(answers_.front());
+    answers_.pop_front();
+    writing_ = true;
+    StartWrite(&sending_);
+  }
+
+  const WorkerServiceOptions& options_;
+  grpc::ClientContext context_;
+  wire_v1::Plan receiving_;
+  absl::Mutex mutex_;
+  std::deque<wire_v1::Plan> plans_ ABSL_GUARDED_BY(mutex_);
+  std::deque<wire_v1::RankMessage> answers_ ABSL_GUARDED_BY(mutex_);
+  wire_v1::RankMessage sending_;
+  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool end_expected_ ABSL_GUARDED_BY(mutex_) = false;
+  bool done_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+};
+
+wire_v1::RankMessage to_answer(const StepResult& result) {
+  wire_v1::RankMessage message;
+  wire_v1::Result* to = message.mutable_result();
+  to->set_step(result.step);
+  to->set_sampled_digest(sampled_digest(result));
+  to->set_error(result.error);
+  return message;
+}
+
+}  // namespace
+
+absl::Status serve_plans(const WorkerServiceOptions& options, const WorkerFunction& run) {
+  std::shared_ptr<grpc::Channel> channel = make_channel(options.coordinator);
+  if (!channel->WaitForConnected(absl::ToChronoTime(absl::Now() + options.connect_timeout))) {
+    return absl::UnavailableError(absl::StrCat("rank ", options.rank, ": the coordinator (rank 0) does not answer at ",
+                                               options.coordinator, " within ",
+                                               absl::FormatDuration(options.connect_timeout)));
+  }
+  std::unique_ptr<wire_v1::WorkerService::Stub> stub = wire_v1::WorkerService::NewStub(channel);
+  PlanStream stream(stub.get(), options);
+  while (std::optional<wire_v1::Plan> wire = stream.next()) {
+    absl::StatusOr<StepPlan> plan = decode(*wire);
+    if (!plan.ok()) {
+      stream.expect_end();
+      stream.cancel();
+      stream.status().IgnoreError();
+      return plan.status();
+    }
+    if (plan->stop) stream.expect_end();
+    stream.answer(to_answer(run(*plan)));
+    if (plan->stop) break;
+  }
+  return stream.status();
+}
+
+}  // namespace octet
