@@ -1,5 +1,6 @@
-// Conversions between FP32 and the narrow formats on the host: e4m3fn (saturating) and BF16, to the nearest, ties to even.
-// Kernels have vector forms of these; tests hold the two equal. Not included by files built for one instruction set.
+// Conversions between FP32 and the narrow formats on the host: e4m3fn (saturating) and BF16, to the nearest, ties to
+// even. Kernels have vector forms of these; tests hold the two equal. Not included by files built for one instruction
+// set.
 #pragma once
 
 #include <bit>
