@@ -20,6 +20,7 @@
 #include "coordinator/control_service.h"
 #include "coordinator/listen_address.h"
 #include "coordinator/token_auth.h"
+#include "grpc/health/v1/health.pb.h"
 
 namespace octet {
 namespace {
@@ -117,6 +118,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::start(const ServerOptions& optio
   raise_descriptor_limit();
 
   grpc::EnableDefaultHealthCheckService(true);
+  // gRPC answers health without a descriptor; this links ours, so that reflection can tell what health is.
+  google::protobuf::LinkMessageReflection<grpc::health::v1::HealthCheckRequest>();
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   std::unique_ptr<Server> server(new Server(std::make_unique<Impl>(options)));
   grpc::ServerBuilder builder;

@@ -25,7 +25,7 @@
 #include "coordinator/generate_request.h"
 #include "coordinator/server.h"
 #include "coordinator/text/utf8.h"
-#include "fake_model.h"
+#include "fake_server.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "grpc/health/v1/health.grpc.pb.h"
@@ -57,38 +57,13 @@ struct Heard {
   const v1::GenerateResponse& last() const { return messages.back(); }
 };
 
-struct Service {
+struct Service : FakeServer {
   explicit Service(ServerOptions options = {}, const std::string& answer = "hello, world",
                    ServedModel model = fake_model())
-      : tokenizer(model.tokenizer),
-        group(script(answer)),
-        engine(std::make_unique<Engine>(EngineOptions{.limits = model.limits, .max_waiting = 1024}, &group,
-                                        [](const absl::Status&) {})) {
-    if (options.address.empty()) options.address = "127.0.0.1:0";
-    auto started = Server::start(options);
-    if (!started.ok()) {
-      ADD_FAILURE() << started.status();
-      return;
-    }
-    server = *std::move(started);
-    const absl::Status opened = server->open(
-        {.version = "0.1", .numerics_id = "n1", .ranks = 2, .threads_per_rank = 1, .device = "cpu", .isa = "portable"},
-        std::make_shared<ServedModel>(std::move(model)), engine.get());
-    EXPECT_TRUE(opened.ok()) << opened;
-    channel = grpc::CreateChannel(server->address(), grpc::InsecureChannelCredentials());
-    inference = v1::InferenceService::NewStub(channel);
-    control = v1::ControlService::NewStub(channel);
-  }
-  ~Service() {
-    server.reset();
-    engine.reset();
-  }
-
-  std::vector<int32_t> script(const std::string& text) const {
-    std::vector<int32_t> ids = tokenizer.encode(text, false);
-    ids.push_back(kFakeImEnd);
-    return ids;
-  }
+      : FakeServer(std::move(options), answer, std::move(model)),
+        channel(grpc::CreateChannel(server->address(), grpc::InsecureChannelCredentials())),
+        inference(v1::InferenceService::NewStub(channel)),
+        control(v1::ControlService::NewStub(channel)) {}
 
   Heard generate(const v1::GenerateRequest& request, grpc::ClientContext* context = nullptr) {
     grpc::ClientContext own;
@@ -102,16 +77,12 @@ struct Service {
 
   // Nothing is left of any request.
   void expect_quiet() {
-    EXPECT_TRUE(engine->wait_idle(std::chrono::steady_clock::now() + std::chrono::seconds(30)));
+    EXPECT_TRUE(wait_quiet());
     const EngineStats stats = engine->stats();
     EXPECT_EQ(stats.blocks_free, stats.blocks_total);
     EXPECT_EQ(stats.waiting + stats.running, 0);
   }
 
-  Tokenizer tokenizer;
-  FakeWorkerGroup group;
-  std::unique_ptr<Engine> engine;
-  std::unique_ptr<Server> server;
   std::shared_ptr<grpc::Channel> channel;
   std::unique_ptr<v1::InferenceService::Stub> inference;
   std::unique_ptr<v1::ControlService::Stub> control;
@@ -438,11 +409,19 @@ TEST(Generate, RefusesMessagesAndMetadataThatAreTooLargeAndCompressedOnes) {
   const Heard large = service.generate(prompt(std::string(5 << 20, 'x')));
   EXPECT_EQ(large.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED) << large.status.error_message();
 
-  grpc::ClientContext heavy;
-  heavy.AddMetadata("x-padding", std::string(64 << 10, 'x'));
-  const Heard refused = service.generate(prompt("x"), &heavy);
-  EXPECT_FALSE(refused.status.ok());
-  EXPECT_TRUE(refused.messages.empty());
+  {
+    // On a connection of its own, because the server closes it.
+    grpc::ChannelArguments own_connection;
+    own_connection.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    auto stub = v1::InferenceService::NewStub(
+        grpc::CreateCustomChannel(service.server->address(), grpc::InsecureChannelCredentials(), own_connection));
+    grpc::ClientContext heavy;
+    heavy.AddMetadata("x-padding", std::string(64 << 10, 'x'));
+    auto reader = stub->Generate(&heavy, prompt("x"));
+    v1::GenerateResponse message;
+    EXPECT_FALSE(reader->Read(&message));
+    EXPECT_FALSE(reader->Finish().ok());
+  }
 
   grpc::ClientContext compressed;
   compressed.set_compression_algorithm(GRPC_COMPRESS_GZIP);
