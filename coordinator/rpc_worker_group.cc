@@ -45,8 +45,8 @@ absl::StatusOr<std::string> make_private_directory() {
   return path;
 }
 
-// The public server's library services (reflection, health) register themselves with every builder of the process; ranks
-// get none of them.
+// The public server's library services (reflection, health) register themselves with every builder of the process;
+// ranks get none of them.
 class NoLibraryServices final : public grpc::ServerBuilderOption {
  public:
   void UpdateArguments(grpc::ChannelArguments*) override {}
@@ -355,9 +355,8 @@ RpcWorkerGroup::~RpcWorkerGroup() {
   {
     absl::MutexLock lock(&impl_->mutex);
     // Whoever submitted the stop plan need not have collected its answers.
-    const auto settled = +[](Impl* impl) {
-      return !impl->failure.ok() || impl->pending.empty() || impl->pending.back().missing == 0;
-    };
+    const auto settled =
+        +[](Impl* impl) { return !impl->failure.ok() || impl->pending.empty() || impl->pending.back().missing == 0; };
     if (impl_->stop_submitted) impl_->mutex.AwaitWithTimeout(absl::Condition(settled, impl_.get()), kStopTimeout);
     impl_->closing = true;
     for (Impl::RankStream* stream : impl_->streams) {

@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/fp8.h"
+#include "worker/checkpoint/half.h"
 
 namespace octet {
 namespace {
@@ -172,7 +173,7 @@ class Loader {
     converted_.resize(raw.elements());
     for (int64_t i = 0; i < raw.elements(); ++i) {
       converted_[i] =
-          bf16_from_float(raw.dtype() == DType::kF32 ? raw.as<float>()[i] : float_from_f16(raw.as<uint16_t>()[i]));
+          float_to_bf16(raw.dtype() == DType::kF32 ? raw.as<float>()[i] : f16_to_float(raw.as<uint16_t>()[i]));
     }
     return Tensor(converted_.data(), DType::kBF16, raw.shape());
   }
