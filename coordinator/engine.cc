@@ -108,6 +108,7 @@ void Engine::Impl::feed_scheduler() {
 
 absl::Status Engine::Impl::run_step() {
   if (!scheduler.plan(&plan)) return absl::OkStatus();
+  publish();  // who is in the step waits no more, however long it takes
   group->submit(plan);
   deliver();  // cancels are answered while the step runs, not after it
   const absl::StatusOr<StepResult> result = group->collect();

@@ -60,7 +60,7 @@ class Engine {
   // deadline; true when idle. Not on the engine thread.
   bool wait_idle(std::chrono::steady_clock::time_point deadline);
 
-  // Any thread. As of the last step.
+  // Any thread. As of the step in flight, or the last one.
   EngineStats stats() const;
 
  private:

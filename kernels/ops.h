@@ -77,6 +77,10 @@ void linear_over_slices(Stream& stream, const Activations& x, const Linear& weig
 // Each piece is a [tokens, n] F32 tensor; `program` comes from sum_program() and indexes pieces. residual [tokens, n] BF16.
 void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& residual);
 
+// The sum itself, out[t, j] = sum(pieces)[t, j], out [tokens, n] F32: for finishing a part of the tree where the rest of it is
+// elsewhere. out overlaps no piece.
+void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out);
+
 // out[i] = table[row_ids[i]]. table [rows, n] BF16, row_ids in range, out [ids, n] BF16.
 void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out);
 

@@ -1,6 +1,6 @@
-// StepPlan: the contract between coordinator and worker. Plain integers and parameters: what every rank runs in one step.
-// Workers keep of a sequence only a numbered slot, which the plan opens, appends to and closes, so a plan carries what
-// changed. Includes nothing of ours.
+// StepPlan: the contract between coordinator and worker. Plain integers and parameters: what every rank runs in one
+// step. Workers keep of a sequence only a numbered slot, which the plan opens, appends to and closes, so a plan carries
+// what changed. Includes nothing of ours.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,10 @@ namespace octet {
 // How tokens of a slot are chosen. temperature 0 is greedy. Defaults mean "off".
 struct SlotSampling {
   float temperature = 0.0f;
-  int32_t top_k = 0;       // 0: all
+  int32_t top_k = 0;  // 0: all
   float top_p = 1.0f;
   float min_p = 0.0f;
-  uint64_t seed = 0;       // random numbers are counter-based: key (seed, output_index, position)
+  uint64_t seed = 0;  // random numbers are counter-based: key (seed, output_index, position)
   uint32_t output_index = 0;
   int32_t top_logprobs = 0;  // how many alternatives to report, beside the sampled token's own logprob
   bool operator==(const SlotSampling&) const = default;
@@ -39,10 +39,10 @@ struct SlotBlocks {
 // Prefill and decode are the same thing: some tokens of a sequence, from a position.
 struct SlotTokens {
   int32_t slot = 0;
-  int32_t position = 0;             // of the first token
-  std::vector<int32_t> tokens;      // empty with from_last_sample
+  int32_t position = 0;         // of the first token
+  std::vector<int32_t> tokens;  // empty with from_last_sample
   bool from_last_sample = false;
-  bool sample = false;              // choose the next token after the last of these
+  bool sample = false;  // choose the next token after the last of these
   int32_t count() const { return from_last_sample ? 1 : static_cast<int32_t>(tokens.size()); }
   bool operator==(const SlotTokens&) const = default;
 };
@@ -72,8 +72,8 @@ struct TokenLogprob {
 
 struct SampledToken {
   int32_t slot = 0;
-  TokenLogprob chosen;                 // logprob of the raw distribution
-  std::vector<TokenLogprob> top;       // SlotSampling::top_logprobs of them, best first
+  TokenLogprob chosen;            // logprob of the raw distribution
+  std::vector<TokenLogprob> top;  // SlotSampling::top_logprobs of them, best first
   bool operator==(const SampledToken&) const = default;
 };
 
@@ -87,10 +87,10 @@ struct StepResult {
 // What a plan may refer to on a worker.
 struct WorkerLimits {
   int32_t slots = 0;
-  int32_t blocks = 0;             // KV cache blocks, the minimum over ranks
+  int32_t blocks = 0;  // KV cache blocks, the minimum over ranks
   int32_t block_tokens = 0;
-  int32_t max_step_tokens = 0;    // tokens in one step
-  int32_t max_context = 0;        // positions of one sequence
+  int32_t max_step_tokens = 0;  // tokens in one step
+  int32_t max_context = 0;      // positions of one sequence
   int32_t vocab_size = 0;
 };
 

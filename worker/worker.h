@@ -1,5 +1,5 @@
-// Worker: one rank's shard of the model and its slots; run(plan) computes one step. Every rank, 0 included, runs the same
-// plan and gets the same result, bit for bit. Only the worker thread calls run().
+// Worker: one rank's shard of the model and its slots; run(plan) computes one step. Every rank, 0 included, runs the
+// same plan and gets the same result, bit for bit. Only the worker thread calls run().
 #pragma once
 
 #include <memory>
@@ -20,8 +20,8 @@ class Worker {
          const ModelWeights& weights, KvCache cache, const WorkerLimits& limits);
   ~Worker();
 
-  // A plan that breaks its contract (unknown slot, block or token out of range, gap in positions) and a NaN in the logits
-  // come back as StepResult::error. The same on every rank.
+  // A plan that breaks its contract (unknown slot, block or token out of range, gap in positions) and a NaN in the
+  // logits come back as StepResult::error. The same on every rank.
   StepResult run(const StepPlan& plan);
 
   const WorkerLimits& limits() const;

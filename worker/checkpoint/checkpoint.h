@@ -21,8 +21,8 @@ struct TensorInfo {
   std::string name;
   DType dtype;
   Shape shape;
-  int file = 0;         // index into Checkpoint's files
-  int64_t offset = 0;   // of the first byte in that file
+  int file = 0;        // index into Checkpoint's files
+  int64_t offset = 0;  // of the first byte in that file
   int64_t bytes() const { return shape.elements() * size_of(dtype); }
 };
 
@@ -36,8 +36,8 @@ struct LinearFormat {
 
 class Checkpoint {
  public:
-  // Reads config.json, generation_config.json, the index and every safetensors header, and checks them against each other
-  // and against the architecture: missing or extra tensors, wrong shapes, unknown quantisation are errors here.
+  // Reads config.json, generation_config.json, the index and every safetensors header, and checks them against each
+  // other and against the architecture: missing or extra tensors, wrong shapes, unknown quantisation are errors here.
   static absl::StatusOr<Checkpoint> open(const std::string& directory);
 
   Checkpoint(Checkpoint&&) noexcept;
@@ -55,9 +55,10 @@ class Checkpoint {
   // `module` is a full path without ".weight": "model.layers.3.mlp.gate_proj".
   absl::StatusOr<LinearFormat> linear_format(const std::string& module) const;
 
-  // Copies rows [row_begin, row_end) x columns [col_begin, col_end) of a matrix (or a range of a vector: columns 0..1) to
-  // dst, dense, in the file's dtype. Reads in large sequential requests and, for a strided range, keeps what it wants.
-  // Thread safe. DATA_LOSS when the file ends early, the e4m3 part holds NaN codes (0x7F, 0xFF), naming the tensor.
+  // Copies rows [row_begin, row_end) x columns [col_begin, col_end) of a matrix (or a range of a vector: columns 0..1)
+  // to dst, dense, in the file's dtype. Reads in large sequential requests and, for a strided range, keeps what it
+  // wants. Thread safe. DATA_LOSS when the file ends early, the e4m3 part holds NaN codes (0x7F, 0xFF), naming the
+  // tensor.
   absl::Status read(const TensorInfo& tensor, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
                     void* dst) const;
   // A whole tensor as FP32 (scales, norms; F32, BF16 or F16 in the file).

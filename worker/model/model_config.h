@@ -1,5 +1,5 @@
-// ModelConfig: config.json in C++, its own names. Parsing accepts every spelling that Llama checkpoints on the hub use and
-// refuses what Octet does not compute, by name.
+// ModelConfig: config.json in C++, its own names. Parsing accepts every spelling that Llama checkpoints on the hub use
+// and refuses what Octet does not compute, by name.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ struct ModelConfig {
   double rope_theta = 10000.0;
   std::optional<RopeScaling> rope_scaling;
   bool tie_word_embeddings = false;
-  int32_t bos_token_id = -1;                // -1: none
-  std::vector<int32_t> eos_token_ids;       // config.json's, before generation_config.json has its say
+  int32_t bos_token_id = -1;           // -1: none
+  std::vector<int32_t> eos_token_ids;  // config.json's, before generation_config.json has its say
 
   // The model's name for people: "LlamaForCausalLM, 30 layers, hidden 576, ...".
   std::string to_string() const;

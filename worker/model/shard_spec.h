@@ -1,4 +1,5 @@
-// ShardSpec: which slices of the model a rank owns, and the ranges of heads, columns and vocabulary rows they mean (pure).
+// ShardSpec: which slices of the model a rank owns, and the ranges of heads, columns and vocabulary rows they mean
+// (pure).
 //
 // A model is cut into as many slices as it has KV heads. Slice s is KV head s, the query heads that read it, and of any
 // dimension n that is cut (feed-forward columns, vocabulary rows) the range [s*n/S, (s+1)*n/S), bounds rounded down to
@@ -44,7 +45,8 @@ class ShardSpec {
   Range vocab() const { return vocab_of(rank_); }
   Range vocab_of(int rank) const;
 
-  // Where each of this rank's slices ends, counted from the rank's own first column: of o_proj, down_proj, the vocabulary.
+  // Where each of this rank's slices ends, counted from the rank's own first column: of o_proj, down_proj, the
+  // vocabulary.
   std::vector<int64_t> query_column_ends() const;
   std::vector<int64_t> ffn_column_ends() const;
   std::vector<int64_t> vocab_ends() const;

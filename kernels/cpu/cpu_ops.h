@@ -1,0 +1,28 @@
+// The CPU back end of ops.h: the same functions, called with checked shapes. They split work over outputs, rows and
+// heads, never over the terms of a sum, so bits do not depend on the number of threads.
+#pragma once
+
+#include "kernels/ops.h"
+
+namespace octet::cpu {
+
+constexpr int kMaxPieces = 256;  // of one sum over slices
+
+void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight);
+void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
+              const Activations& out);
+void linear(Stream& stream, const Activations& x, std::span<const LinearOutput> outputs);
+void linear_over_slices(Stream& stream, const Activations& x, const Linear& weight, const SliceRun& run,
+                        std::span<const int64_t> column_ends, const Tensor& partials);
+void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& residual);
+void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out);
+void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out);
+void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out);
+void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor& out);
+void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin);
+void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
+                    const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache);
+void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out);
+void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts);
+
+}  // namespace octet::cpu

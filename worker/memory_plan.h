@@ -1,0 +1,54 @@
+// MemoryPlan: what a rank will hold, before anything is loaded (pure). Its byte counts are what serve then allocates.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "worker/checkpoint/checkpoint.h"
+#include "worker/model/weights.h"
+#include "worker/step_plan.h"
+
+namespace octet {
+
+struct MemoryOptions {
+  std::optional<int64_t>
+      kv_memory_bytes;                 // per rank; default: room for kDefaultContexts whole contexts, if it is there
+  std::optional<int64_t> max_context;  // default: max_position_embeddings, or what the cache holds when that is less
+  int32_t max_sequences = 64;          // slots
+  int32_t max_step_tokens = 512;
+  int64_t window_bytes = 0;  // this rank's part of the collective window
+};
+
+// Sequences of full length that the cache holds by default when memory allows.
+constexpr int64_t kDefaultContexts = 8;
+
+// One rank's bytes.
+struct RankBytes {
+  WeightBytes weights;
+  int64_t scratch = 0;  // activations, logits and the collective window
+  int64_t kv_cache = 0;
+  int64_t total() const { return weights.total() + scratch + kv_cache; }
+};
+
+struct MemoryPlan {
+  std::vector<RankBytes> ranks;
+  std::vector<int64_t> available_bytes;  // of each rank
+  int64_t kv_block_bytes_max = 0;        // of the rank with the most slices
+  WorkerLimits limits;                   // the same on every rank
+
+  int64_t kv_tokens() const { return int64_t{limits.blocks} * limits.block_tokens; }
+  std::string to_string() const;  // a table for the log
+};
+
+// available_bytes[r]: memory that rank r may use. RESOURCE_EXHAUSTED when it cannot fit, saying what would;
+// INVALID_ARGUMENT for options that make no sense.
+absl::StatusOr<MemoryPlan> plan_memory(const Checkpoint& checkpoint, const MemoryOptions& options,
+                                       const std::vector<int64_t>& available_bytes);
+
+// "1.5 GiB"; units of 1,024.
+std::string human_bytes(int64_t bytes);
+
+}  // namespace octet

@@ -1,0 +1,250 @@
+#include "worker/model/transformer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace octet {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// The first rows of a scratch tensor, seen under the step's own shape.
+Tensor front(const Tensor& scratch, Shape shape) { return Tensor(scratch.data(), scratch.dtype(), shape); }
+
+// Log-sum-exp in parts: sum of exp(x - max) beside max.
+struct SoftmaxPart {
+  double max = -std::numeric_limits<double>::infinity();
+  double sum = 0.0;
+};
+
+SoftmaxPart merged(const SoftmaxPart& left, const SoftmaxPart& right) {
+  const double max = std::max(left.max, right.max);
+  return {max, left.sum * std::exp(left.max - max) + right.sum * std::exp(right.max - max)};
+}
+
+// The part of node (level, index) of the slice tree.
+template <typename Leaf>
+SoftmaxPart part_of(const SliceNode& node, int slices, const Leaf& leaf) {
+  if (node.level == 0) return leaf(node.index);
+  const SliceNode left{node.level - 1, 2 * node.index}, right{node.level - 1, 2 * node.index + 1};
+  const SoftmaxPart part = part_of(left, slices, leaf);
+  return (right.index << right.level) < slices ? merged(part, part_of(right, slices, leaf)) : part;
+}
+
+}  // namespace
+
+std::vector<std::pair<Tensor*, Tensor>> StepScratch::layout(const ModelConfig& config, const ShardSpec& shard,
+                                                            int64_t max_tokens) {
+  const int64_t t = max_tokens, hidden = config.hidden_size;
+  const int64_t q = shard.query_rows().size(), kv = shard.kv_rows().size(), ffn = shard.ffn().size();
+  const int64_t subtrees = static_cast<int64_t>(maximal_subtrees(shard.run()).size());
+  const int64_t slices_here = shard.run().count, vocab_here = shard.vocab().size();
+  auto f32 = [](Shape shape) { return Tensor(nullptr, DType::kF32, shape); };
+  auto bf16 = [](Shape shape) { return Tensor(nullptr, DType::kBF16, shape); };
+  return {{&residual, bf16({t, hidden})},
+          {&normed, bf16({t, hidden})},
+          {&cos_sin, f32({t, config.head_dim / 2, 2})},
+          {&queries_f32, f32({t, q})},
+          {&keys_f32, f32({t, kv})},
+          {&values_f32, f32({t, kv})},
+          {&queries, bf16({t, q})},
+          {&attended, bf16({t, q})},
+          {&gate, f32({t, ffn})},
+          {&up, f32({t, ffn})},
+          {&gated, bf16({t, ffn})},
+          {&partials, f32({subtrees, t, hidden})},
+          {&codes, Tensor(nullptr, DType::kF8E4M3, {t, std::max({hidden, q, ffn})})},
+          {&code_scales, f32({t, slices_here})},
+          {&gathered, bf16({t, hidden})},
+          {&last_rows, bf16({kLogitRows, hidden})},
+          {&last_normed, bf16({kLogitRows, hidden})},
+          {&logits_here, f32({kLogitRows, vocab_here})},
+          {&parts_here, f32({kLogitRows, slices_here, 2})},
+          {&gathered_logits, f32({kLogitRows * config.vocab_size})},
+          {&gathered_parts, f32({kLogitRows * shard.slices() * 2})},
+          {&logits, f32({kLogitRows, config.vocab_size})}};
+}
+
+int64_t StepScratch::bytes(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
+  int64_t bytes = 0;
+  StepScratch unplaced;
+  for (const auto& [member, tensor] : unplaced.layout(config, shard, max_tokens)) bytes += aligned(tensor.bytes());
+  return bytes;
+}
+
+StepScratch::StepScratch(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens)
+    : memory_(bytes(config, shard, max_tokens)) {
+  char* next = static_cast<char*>(memory_.data());
+  for (const auto& [member, tensor] : layout(config, shard, max_tokens)) {
+    *member = Tensor(next, tensor.dtype(), tensor.shape());
+    next += aligned(tensor.bytes());
+  }
+}
+
+Transformer::Transformer(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
+                         const ModelWeights& weights, int64_t max_tokens)
+    : stream_(stream),
+      communicator_(communicator),
+      config_(config),
+      shard_(shard),
+      weights_(weights),
+      scratch_(config, shard, max_tokens),
+      inv_freq_memory_(config.head_dim / 2 * int64_t{sizeof(float)}),
+      inv_freq_(inv_freq_memory_.tensor(DType::kF32, {config.head_dim / 2})),
+      query_column_ends_(shard.query_column_ends()),
+      ffn_column_ends_(shard.ffn_column_ends()),
+      vocab_ends_(shard.vocab_ends()) {
+  const std::vector<float> frequencies = rope_inverse_frequencies(config);
+  std::memcpy(inv_freq_.data(), frequencies.data(), inv_freq_.bytes());
+}
+
+void Transformer::forward(const StepBatch& batch, const KvCache& cache) {
+  tokens_ = batch.token_count();
+  embed(batch.tokens);
+  rope_angles(stream_, batch.positions, inv_freq_, scratch_.cos_sin.rows(0, tokens_));
+  for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    attention_block(layer, batch, cache);
+    feed_forward(layer);
+  }
+}
+
+// Rows travel from the rank that owns them, in the order of owners, and are put back in the order of tokens.
+void Transformer::embed(std::span<const int32_t> tokens) {
+  const Tensor residual = scratch_.residual.rows(0, tokens_);
+  if (shard_.ranks() == 1) return copy_rows(stream_, weights_.embed_tokens, tokens, residual);
+
+  const int64_t row_bytes = config_.hidden_size * size_of(DType::kBF16);
+  by_owner_.clear();
+  own_ids_.clear();
+  bytes_of_rank_.assign(shard_.ranks(), 0);
+  for (int rank = 0; rank < shard_.ranks(); ++rank) {
+    const Range rows = shard_.vocab_of(rank);
+    for (size_t t = 0; t < tokens.size(); ++t) {
+      if (tokens[t] < rows.begin || tokens[t] >= rows.end) continue;
+      by_owner_.push_back(static_cast<int32_t>(t));
+      bytes_of_rank_[rank] += row_bytes;
+      if (rank == shard_.rank()) own_ids_.push_back(tokens[t] - static_cast<int32_t>(rows.begin));
+    }
+  }
+  const Tensor own = scratch_.normed.rows(0, static_cast<int64_t>(own_ids_.size()));
+  copy_rows(stream_, weights_.embed_tokens, own_ids_, own);
+  communicator_.all_gather(own.data(), bytes_of_rank_, scratch_.gathered.data());
+  for (int64_t i = 0; i < tokens_; ++i) {
+    std::memcpy(residual.rows(by_owner_[i], by_owner_[i] + 1).data(), scratch_.gathered.rows(i, i + 1).data(),
+                row_bytes);
+  }
+}
+
+void Transformer::attention_block(int64_t index, const StepBatch& batch, const KvCache& cache) {
+  const LayerWeights& layer = weights_.layers[index];
+  const KvLayer kv = cache.layer(index);
+  const AttentionBatch attention_batch = batch.attention();
+  const Shape q_shape{tokens_, shard_.heads(), config_.head_dim},
+      kv_shape{tokens_, shard_.kv_heads(), config_.head_dim};
+  const Tensor normed = scratch_.normed.rows(0, tokens_);
+  const Tensor q = scratch_.queries_f32.rows(0, tokens_), k = scratch_.keys_f32.rows(0, tokens_),
+               v = scratch_.values_f32.rows(0, tokens_);
+  const Tensor rotated = front(scratch_.queries, q_shape), attended = front(scratch_.attended, q_shape);
+
+  rms_norm(stream_, scratch_.residual.rows(0, tokens_), layer.input_layernorm, config_.rms_norm_eps, normed);
+  project(normed, {{{&layer.q_proj, q}, {&layer.k_proj, k}, {&layer.v_proj, v}}});
+  rope_and_cache(stream_, q.reshaped(q_shape), k.reshaped(kv_shape), v.reshaped(kv_shape),
+                 scratch_.cos_sin.rows(0, tokens_), attention_batch, rotated, kv);
+  attention(stream_, rotated, kv, attention_batch, attended);
+  project_and_reduce(attended.reshaped({tokens_, shard_.query_rows().size()}), layer.o_proj, query_column_ends_);
+}
+
+void Transformer::feed_forward(int64_t index) {
+  const LayerWeights& layer = weights_.layers[index];
+  const Tensor normed = scratch_.normed.rows(0, tokens_);
+  const Tensor gate = scratch_.gate.rows(0, tokens_), up = scratch_.up.rows(0, tokens_);
+  const Tensor gated = scratch_.gated.rows(0, tokens_);
+
+  rms_norm(stream_, scratch_.residual.rows(0, tokens_), layer.post_attention_layernorm, config_.rms_norm_eps, normed);
+  project(normed, {{{&layer.gate_proj, gate}, {&layer.up_proj, up}}});
+  silu_mul(stream_, gate, up, gated);
+  project_and_reduce(gated, layer.down_proj, ffn_column_ends_);
+}
+
+Activations Transformer::quantized(const Tensor& x, const ActivationScheme& scheme,
+                                   std::span<const int64_t> group_ends) {
+  if (scheme.kind == ActivationScheme::Kind::kNone) return {.values = x, .scales = {}};
+  const Activations out{.values = front(scratch_.codes, x.shape()),
+                        .scales = front(scratch_.code_scales, {x.dim(0), static_cast<int64_t>(group_ends.size())})};
+  quantize(stream_, x, scheme, group_ends, out);
+  return out;
+}
+
+void Transformer::project(const Tensor& x, std::span<const LinearOutput> outputs) {
+  const int64_t whole_row[] = {x.dim(1)};
+  while (!outputs.empty()) {
+    // Neighbours with one activation scheme (nearly always all of them) share one pass over x.
+    const ActivationScheme& scheme = outputs.front().weight->activations;
+    size_t same = 1;
+    while (same < outputs.size() && outputs[same].weight->activations == scheme) ++same;
+    linear(stream_, quantized(x, scheme, whole_row), outputs.first(same));
+    outputs = outputs.subspan(same);
+  }
+}
+
+void Transformer::project_and_reduce(const Tensor& x, const Linear& weight, std::span<const int64_t> column_ends) {
+  const Tensor partials = front(scratch_.partials, {scratch_.partials.dim(0), tokens_, config_.hidden_size});
+  linear_over_slices(stream_, quantized(x, weight.activations, column_ends), weight, shard_.run(), column_ends,
+                     partials);
+  communicator_.reduce_over_slices(stream_, partials, scratch_.residual.rows(0, tokens_));
+}
+
+std::span<const LogitsRow> Transformer::logits(std::span<const int32_t> rows) {
+  const int64_t n = static_cast<int64_t>(rows.size());
+  OCTET_CHECK(n <= kLogitRows, "logits() takes a few rows at a time");
+  const int64_t slices_here = shard_.run().count;
+  const Tensor last = scratch_.last_rows.rows(0, n), normed = scratch_.last_normed.rows(0, n);
+  const Tensor here = scratch_.logits_here.rows(0, n);
+  const Tensor parts = front(scratch_.parts_here, {n, slices_here, 2});
+
+  copy_rows(stream_, scratch_.residual.rows(0, tokens_), rows, last);
+  rms_norm(stream_, last, weights_.norm, config_.rms_norm_eps, normed);
+  project(normed, {{{&weights_.lm_head, here}}});
+  softmax_parts(stream_, here, vocab_ends_, parts);
+
+  bytes_of_rank_.resize(shard_.ranks());
+  for (int r = 0; r < shard_.ranks(); ++r) bytes_of_rank_[r] = n * shard_.vocab_of(r).size() * int64_t{sizeof(float)};
+  communicator_.all_gather(here.data(), bytes_of_rank_, scratch_.gathered_logits.data());
+  for (int r = 0; r < shard_.ranks(); ++r) bytes_of_rank_[r] = n * shard_.run_of(r).count * 2 * int64_t{sizeof(float)};
+  communicator_.all_gather(parts.data(), bytes_of_rank_, scratch_.gathered_parts.data());
+
+  // From rank by rank to row by row.
+  const float* from = scratch_.gathered_logits.as<float>();
+  for (int r = 0; r < shard_.ranks(); ++r) {
+    const Range vocab = shard_.vocab_of(r);
+    for (int64_t i = 0; i < n; ++i, from += vocab.size()) {
+      std::memcpy(scratch_.logits.rows(i, i + 1).as<float>() + vocab.begin, from, vocab.size() * sizeof(float));
+    }
+  }
+  rows_.clear();
+  for (int64_t i = 0; i < n; ++i) {
+    rows_.push_back({.logits = {scratch_.logits.rows(i, i + 1).as<float>(), static_cast<size_t>(config_.vocab_size)},
+                     .log_sum_exp = finish_log_sum_exp(i, n)});
+  }
+  return rows_;
+}
+
+// The parts of `row` among `rows`, finished over slices in tree order.
+float Transformer::finish_log_sum_exp(int64_t row, int64_t rows) const {
+  const float* parts = scratch_.gathered_parts.as<float>();
+  auto leaf = [&](int slice) {
+    int rank = 0;
+    while (slice >= shard_.run_of(rank).first + shard_.run_of(rank).count) ++rank;
+    const SliceRun run = shard_.run_of(rank);
+    const float* part = parts + 2 * (rows * run.first + row * run.count + (slice - run.first));
+    return SoftmaxPart{part[0], part[1]};
+  };
+  const SoftmaxPart whole = part_of(root_of(shard_.slices()), shard_.slices(), leaf);
+  return static_cast<float>(whole.max + std::log(whole.sum));
+}
+
+}  // namespace octet

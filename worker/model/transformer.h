@@ -1,0 +1,103 @@
+// Transformer: the Llama forward pass over one rank's shard, written once for every back end. Reads like the paper:
+// embed, then per layer attention block and feed forward, then logits. Only the worker thread calls these.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/memory.h"
+#include "kernels/ops.h"
+#include "worker/batch.h"
+#include "worker/collective/communicator.h"
+#include "worker/kv_cache.h"
+#include "worker/model/model_config.h"
+#include "worker/model/shard_spec.h"
+#include "worker/model/weights.h"
+
+namespace octet {
+
+// Rows of logits that are computed and gathered at a time, so that scratch does not grow with the number of sequences.
+constexpr int64_t kLogitRows = 16;
+
+// One rank's scratch of a step, allocated once. Comments give shapes for T = max_tokens; a step uses the first rows.
+struct StepScratch {
+  // Bytes that the constructor allocates.
+  static int64_t bytes(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+  StepScratch(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+
+  Tensor residual;         // [T, hidden] BF16
+  Tensor normed;           // [T, hidden] BF16
+  Tensor cos_sin;          // [T, head_dim / 2, 2] F32
+  Tensor queries_f32;      // [T, query rows here] F32
+  Tensor keys_f32;         // [T, kv rows here] F32
+  Tensor values_f32;       // [T, kv rows here] F32
+  Tensor queries;          // [T, query rows here] BF16
+  Tensor attended;         // [T, query rows here] BF16
+  Tensor gate, up;         // [T, ffn columns here] F32
+  Tensor gated;            // [T, ffn columns here] BF16
+  Tensor partials;         // [subtrees, T, hidden] F32
+  Tensor codes;            // [T, widest input of a linear layer] F8_E4M3
+  Tensor code_scales;      // [T, slices here] F32
+  Tensor gathered;         // [T, hidden] BF16, embedding rows in the order of their owners
+  Tensor last_rows;        // [kLogitRows, hidden] BF16
+  Tensor last_normed;      // [kLogitRows, hidden] BF16
+  Tensor logits_here;      // [kLogitRows, vocabulary here] F32
+  Tensor parts_here;       // [kLogitRows, slices here, 2] F32
+  Tensor gathered_logits;  // [kLogitRows * vocab_size] F32, rank by rank
+  Tensor gathered_parts;   // [kLogitRows * slices * 2] F32, rank by rank
+  Tensor logits;           // [kLogitRows, vocab_size] F32
+
+ private:
+  std::vector<std::pair<Tensor*, Tensor>> layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+  StepScratch() = default;
+  Buffer memory_;
+};
+
+// One row of logits as every rank sees it.
+struct LogitsRow {
+  std::span<const float> logits;  // [vocab_size], raw
+  float log_sum_exp = 0.0f;       // of the whole row; NaN when any logit is NaN
+};
+
+class Transformer {
+ public:
+  // All references outlive it. `max_tokens`: the most tokens of one step.
+  Transformer(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
+              const ModelWeights& weights, int64_t max_tokens);
+
+  // Runs the batch's tokens through all layers and writes their keys and values to the cache.
+  // REQUIRES: ids inside the vocabulary; block tables cover every position up to each token's own.
+  void forward(const StepBatch& batch, const KvCache& cache);
+
+  // Logits after tokens rows[0..n) of the batch last run, n <= kLogitRows; valid until the next call. Collective.
+  std::span<const LogitsRow> logits(std::span<const int32_t> rows);
+
+ private:
+  void embed(std::span<const int32_t> tokens);
+  void attention_block(int64_t layer, const StepBatch& batch, const KvCache& cache);
+  void feed_forward(int64_t layer);
+  // Column-parallel layers that read the same input; quantises it once per activation scheme.
+  void project(const Tensor& x, std::span<const LinearOutput> outputs);
+  // A row-parallel layer, summed over all ranks into the residual stream.
+  void project_and_reduce(const Tensor& x, const Linear& weight, std::span<const int64_t> column_ends);
+  Activations quantized(const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends);
+  float finish_log_sum_exp(int64_t row, int64_t rows) const;
+
+  Stream& stream_;
+  Communicator& communicator_;
+  const ModelConfig& config_;
+  const ShardSpec& shard_;
+  const ModelWeights& weights_;
+  StepScratch scratch_;
+  Buffer inv_freq_memory_;
+  Tensor inv_freq_;  // [head_dim / 2] F32
+  std::vector<int64_t> query_column_ends_, ffn_column_ends_, vocab_ends_;
+  int64_t tokens_ = 0;  // of the batch last run
+  std::vector<LogitsRow> rows_;
+  // The batch's tokens sorted by the rank that owns their embedding row.
+  std::vector<int32_t> by_owner_, own_ids_;
+  std::vector<int64_t> bytes_of_rank_;
+};
+
+}  // namespace octet
