@@ -10,7 +10,8 @@
 
 int main(int argc, char** argv) {
   CLI::App app(
-      "Octet serves Llama models, sharded over the ranks of mpirun or srun: the same answer bit for bit on any number of "
+      "Octet serves Llama models, sharded over the ranks of mpirun or srun: the same answer bit for bit on any number "
+      "of "
       "them.");
   app.set_version_flag("--version", std::string("octet ") + octet::kVersion);
   app.require_subcommand(1);
@@ -22,7 +23,8 @@ int main(int argc, char** argv) {
       "  octet generate --address 127.0.0.1:50051 --chat \"Hi!\"     an answer, as it is made");
   int exit_code = 0;
   octet::add_serve_command(app, &exit_code);
-  octet::add_generate_command(app, &exit_code);
+  octet::GenerateOptions generate;
+  octet::add_generate_command(app, &generate)->callback([&] { exit_code = octet::run_generate(generate); });
   octet::add_convert_command(app, &exit_code);
   octet::add_inspect_command(app, &exit_code);
   octet::add_bench_command(app, &exit_code);

@@ -126,7 +126,7 @@ class Rank {
         ServedModel{.name = std::filesystem::weakly_canonical(options_.runtime.model).filename(),
                     .architecture = "LlamaForCausalLM",
                     .quant_method = checkpoint_->quant_method(),
-                    .parameters = inspect(*checkpoint_).parameters,
+                    .parameters = summarize(*checkpoint_).parameters,
                     .tokenizer = *std::move(tokenizer),
                     .chat = std::move(chat),
                     .generation_config = checkpoint_->generation_config(),

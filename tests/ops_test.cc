@@ -652,8 +652,8 @@ TEST(TreeSum, APartOfTheTreeThatIsSummedApartLeavesTheBitsAlone) {
     std::vector<SliceNode> nodes;
     for (int i = 0; i < 5; ++i) {
       memory.push_back(random.f32({1, n}));
-      // Sums of these are denormal: flushed in both ways, or in neither.
-      for (int64_t j = 0; j < n; j += 3) memory.back().tensor.as<float>()[j] *= 0x1p-128f;
+      // Some of these and of their sums are denormal: flushed in both ways, or in neither.
+      for (int64_t j = 0; j < n; j += 3) memory.back().tensor.as<float>()[j] *= 0x1p-126f;
       pieces.push_back(memory.back());
       nodes.push_back({0, i});
     }

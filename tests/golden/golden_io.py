@@ -56,13 +56,13 @@ class Golden:
     def __init__(self, model, variant, activations, reference, runs, prompt_logprobs=True):
         self.prompt_logprobs = prompt_logprobs
         self.data = {"format": 1, "model": model, "variant": variant, "activations": activations,
-                     "reference": reference, "bounds": {}, "rounded_bounds": {}, "versions": versions(), "prompts": []}
+                     "reference": reference, "bounds": {}, "versions": versions(), "prompts": []}
         self.bounds = {run: {"points": Bound(), "prompts": Bound(), "other_top": 0} for run in runs}
         self.rounded_bounds = {}
 
-    def add(self, prompt, continuation, reference, runs, rounded, near_rounded, prefixes):
+    def add(self, prompt, continuation, reference, runs, prefixes, rounded=None, near_rounded={}):
         """prompt: {"name", "text"?, "token_ids"}. The others are log-probs [tokens, vocab] of prompt + continuation: the
-        float32 reference, runs to compare with it, the reference with BF16 rounding points, and runs to compare with that."""
+        float32 reference, runs to compare with it, and if given the reference with BF16 rounding points and runs near that."""
         ids = prompt["token_ids"]
         sequence = ids + continuation
         rows = np.arange(len(ids) - 1)
@@ -72,8 +72,9 @@ class Golden:
             row = reference[length - 1]
             best = top(row, TOP if length < len(ids) + FULL_STEPS else 2)
             points.append({"prefix": length, "top": [[i, digits(row[i])] for i in best],
-                           "margin": digits(row[best[0]] - row[best[1]]),
-                           "rounded": [digits(rounded[length - 1][i], 7) for i in best]})
+                           "margin": digits(row[best[0]] - row[best[1]])})
+            if rounded is not None:
+                points[-1]["rounded"] = [digits(rounded[length - 1][i], 7) for i in best]
             for name, run in near_rounded.items():
                 self.rounded_bounds.setdefault(name, Bound()).add(rounded[length - 1][best], run[length - 1][best])
             if length >= len(ids) and best[0] != sequence[length]:
@@ -94,7 +95,8 @@ class Golden:
                                          "other_top": bound["other_top"]}
             print(f"  {name:24} points: {bound['points']}; prompts: {bound['prompts']}; "
                   f"other top-1: {bound['other_top']}")
-        self.data["rounded_bounds"] = {name: bound.as_json() for name, bound in self.rounded_bounds.items()}
+        if self.rounded_bounds:
+            self.data["bounds"]["from_rounded"] = {name: bound.as_json() for name, bound in self.rounded_bounds.items()}
         for name, bound in self.rounded_bounds.items():
             print(f"  from rounded: {name:24} {bound}", flush=True)
         path = pathlib.Path(path)

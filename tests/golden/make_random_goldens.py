@@ -59,9 +59,9 @@ def make_variant(directory, fp8_activations, out):
         sequence = prompt["token_ids"] + continuation
         golden.add(prompt, continuation, rows, {"transformers_bfloat16": runs.log_probs(bfloat16, sequence),
                                                 "transformers_float32": runs.log_probs(float32, sequence)},
-                   rounded.log_probs(sequence),
+                   PREFIXES, rounded.log_probs(sequence),
                    {"float64_sums": exact_sums.log_probs(sequence), "float32_reference": rows,
-                    **{name: twin.log_probs(sequence) for name, twin in wrong.items()}}, PREFIXES)
+                    **{name: twin.log_probs(sequence) for name, twin in wrong.items()}})
     golden.write(out / f"{variant}.json")
 
 
