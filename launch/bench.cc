@@ -283,7 +283,7 @@ absl::Status run(const BenchOptions& options) {
   }
 
   std::printf("%s, %s, %s activations, prefill of %d tokens, decode of one sequence after it\n\n",
-              options.runtime.model, name_of(options.runtime.isa),
+              options.runtime.model.c_str(), name_of(options.runtime.isa),
               options.runtime.activations == ActivationMode::kFP8 ? "fp8" : "bf16", options.prefill_tokens);
   std::vector<Row> rows;
   for (int ranks : options.ranks) {

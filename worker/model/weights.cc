@@ -73,17 +73,19 @@ absl::StatusOr<Placement> place(const Checkpoint& checkpoint, const ShardSpec& s
     feed_forward("down_proj", &layer.down_proj, all, shard.ffn());
   }
   placement.norms.push_back({"model.norm.weight", &weights->norm});
-  placement.linears.push_back({config.tie_word_embeddings ? "model.embed_tokens" : "lm_head",
-                               &weights->lm_head,
-                               &WeightBytes::lm_head,
-                               shard.vocab(),
-                               all,
-                               {}});
   for (PlacedLinear& linear : placement.linears) {
     absl::StatusOr<LinearFormat> format = checkpoint.linear_format(linear.module);
     if (!format.ok()) return format.status();
     linear.format = *format;
   }
+  // The head is stored unquantised, and when tied under the embedding's name.
+  const char* head = config.tie_word_embeddings ? "model.embed_tokens" : "lm_head";
+  placement.linears.push_back({head,
+                               &weights->lm_head,
+                               &WeightBytes::lm_head,
+                               shard.vocab(),
+                               all,
+                               {.weight = checkpoint.find(absl::StrCat(head, ".weight"))}});
   return placement;
 }
 
