@@ -17,7 +17,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "fake_server.h"
+#include "tests/fake_server.h"
 
 namespace octet {
 namespace {

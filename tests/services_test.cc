@@ -25,7 +25,7 @@
 #include "coordinator/generate_request.h"
 #include "coordinator/server.h"
 #include "coordinator/text/utf8.h"
-#include "fake_server.h"
+#include "tests/fake_server.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "grpc/health/v1/health.grpc.pb.h"

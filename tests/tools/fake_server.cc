@@ -2,7 +2,7 @@
 // Usage: fake_server [TOKEN_FILE]
 #include <cstdio>
 
-#include "../fake_server.h"
+#include "tests/fake_server.h"
 
 int main(int argc, char** argv) {
   octet::ServerOptions options;
