@@ -73,6 +73,11 @@ Process::Process(const std::vector<std::string>& argv, const Options& options) {
 }
 
 Process::~Process() {
+  // mpirun removes its shared memory when it may end in order.
+  if (running()) {
+    signal(SIGTERM);
+    wait(std::chrono::seconds(5));
+  }
   kill(-pid_, SIGKILL);
   if (status_ < 0) waitpid(pid_, nullptr, 0);
   std::error_code ignored;

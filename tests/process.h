@@ -19,7 +19,7 @@ class Process {
   };
   // Starts argv[0] (looked up in PATH) in its own process group.
   explicit Process(const std::vector<std::string>& argv, const Options& options = {});
-  // Kills what is left of the group.
+  // Asks it to end; after 5 s kills what is left of the group.
   ~Process();
   Process(const Process&) = delete;
 
