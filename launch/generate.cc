@@ -267,7 +267,7 @@ class TextOutput {
     last_ = response.text().back();
   }
   void end() {
-    if (last_ != '\n') std::fputc('\n', stdout);
+    if (last_ != '\n' && last_ != '\0') std::fputc('\n', stdout);
     std::fflush(stdout);
   }
 

@@ -251,6 +251,7 @@ class Rank {
     server_->shutdown(absl::UnavailableError("the server is shutting down"), absl::Milliseconds(500));
     engine.reset();  // sends the stop plan
     group_.reset();
+    log("drained");
     return absl::OkStatus();
   }
 

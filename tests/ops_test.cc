@@ -261,6 +261,7 @@ TEST(Dots, EveryFlavourFollowsTheScalarRuleOnTwoMillionPairsWithDenormals) {
                        .rows = 1,
                        .panels = 1,
                        .weights = &panel,
+                       .next = &panel,
                        .pairs = 1,
                        .acc = actual,
                        .acc_stride = 0,
@@ -339,8 +340,8 @@ TEST(Dots, BothAvx512FlavoursHaveTheSameBits) {
           Owned acc(DType::kF32, {4, 12, cpu::kPanel});
           Owned packed(DType::kF32, {pairs, rows, 2});
           table->pack_pairs(from, rows, pairs, table->direct_format(rows), packed.tensor.data());
-          (codes ? table->dot_fp8 : table->dot_bf16)(
-              {packed.tensor.data(), rows, count, panels, pairs, acc.tensor.as<float>(), 12 * cpu::kPanel, false});
+          (codes ? table->dot_fp8 : table->dot_bf16)({packed.tensor.data(), rows, count, panels, panels, pairs,
+                                                      acc.tensor.as<float>(), 12 * cpu::kPanel, false});
           results.push_back(std::move(acc));
 
           Owned again(DType::kF32, {4, 12, cpu::kPanel});
@@ -353,7 +354,7 @@ TEST(Dots, BothAvx512FlavoursHaveTheSameBits) {
               expand(panel, pairs, expanded.tensor.data());
               panel = expanded.tensor.as<uint8_t>();
             }
-            table->dot_expanded({packed.tensor.data(), rows, 1, &panel, pairs,
+            table->dot_expanded({packed.tensor.data(), rows, 1, &panel, &panel, pairs,
                                  again.tensor.as<float>() + p * 12 * cpu::kPanel, 0, false});
           }
           results.push_back(std::move(again));

@@ -122,6 +122,38 @@ std::vector<DrivenOutput> drive(WorkerGroup& group, const WorkerLimits& limits,
   return Driver(group, limits, requests, seed).run();
 }
 
+std::vector<SampledToken> teacher_forced(WorkerGroup& group, const WorkerLimits& limits,
+                                         const std::vector<int32_t>& sequence, const std::vector<int32_t>& prefixes,
+                                         int32_t top_logprobs) {
+  std::vector<SampledToken> result;
+  int32_t position = 0;
+  for (int32_t prefix : prefixes) {
+    while (position < prefix) {
+      const int32_t count = std::min(prefix - position, limits.max_step_tokens);
+      StepPlan plan;
+      if (position == 0) {
+        plan.open = {{.slot = 0, .sampling = {.top_logprobs = top_logprobs}}};
+        plan.blocks = {{.slot = 0, .blocks = {}}};
+        const auto blocks = (sequence.size() + limits.block_tokens - 1) / limits.block_tokens;
+        for (size_t block = 0; block < blocks; ++block) plan.blocks[0].blocks.push_back(static_cast<int32_t>(block));
+      }
+      SlotTokens run{.slot = 0, .position = position};
+      run.tokens.assign(sequence.begin() + position, sequence.begin() + position + count);
+      position += count;
+      run.sample = position == prefix;
+      plan.run = {run};
+      const absl::StatusOr<StepResult> step = group.run(plan);
+      EXPECT_TRUE(step.ok() && step->error.empty()) << (step.ok() ? step->error : step.status().ToString());
+      if (!step.ok() || !step->error.empty()) return result;
+      result.insert(result.end(), step->sampled.begin(), step->sampled.end());
+    }
+  }
+  StepPlan close;
+  close.close = {0};
+  EXPECT_TRUE(group.run(close).ok());
+  return result;
+}
+
 std::string difference(const DrivenOutput& a, const DrivenOutput& b) {
   if (a == b) return "";
   for (size_t i = 0; i < std::min(a.tokens.size(), b.tokens.size()); ++i) {

@@ -29,6 +29,12 @@ struct DrivenOutput {
 std::vector<DrivenOutput> drive(WorkerGroup& group, const WorkerLimits& limits,
                                 const std::vector<DrivenRequest>& requests, uint64_t seed = 1);
 
+// The distribution of the token after each of these many first tokens of `sequence`, with `top_logprobs` best ids; the
+// sequence's own tokens are fed whatever was sampled. REQUIRES: prefixes ascend and are at most the sequence's length.
+std::vector<SampledToken> teacher_forced(WorkerGroup& group, const WorkerLimits& limits,
+                                         const std::vector<int32_t>& sequence, const std::vector<int32_t>& prefixes,
+                                         int32_t top_logprobs);
+
 // "3 tokens, first difference at 1: 17 (-1.25) against 18 (-1.26)" or "".
 std::string difference(const DrivenOutput& a, const DrivenOutput& b);
 

@@ -29,6 +29,21 @@ std::vector<char*> pointers(const std::vector<std::string>& strings) {
   return result;
 }
 
+struct Stat {
+  char state = 0;
+  pid_t parent = 0;
+};
+
+// Of /proc/PID; zeros when there is no such process.
+Stat stat_of(const std::filesystem::path& process) {
+  // "PID (NAME) STATE PPID ...": the name may hold anything but ends at the last parenthesis.
+  const std::string text = contents(process / "stat");
+  std::istringstream fields(text.substr(std::min(text.rfind(')') + 1, text.size())));
+  Stat stat;
+  fields >> stat.state >> stat.parent;
+  return stat;
+}
+
 }  // namespace
 
 Process::Process(const std::vector<std::string>& argv, const Options& options) {
@@ -85,12 +100,7 @@ int Process::wait(std::chrono::seconds limit) {
 std::vector<pid_t> Process::children() const {
   std::vector<pid_t> result;
   for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
-    // "PID (NAME) STATE PPID ...": the name may hold anything but ends at the last parenthesis.
-    const std::string stat = contents(entry.path() / "stat");
-    std::istringstream fields(stat.substr(std::min(stat.rfind(')') + 1, stat.size())));
-    char state = 0;
-    pid_t parent = 0;
-    if (fields >> state >> parent && parent == pid_) result.push_back(std::stoi(entry.path().filename()));
+    if (stat_of(entry.path()).parent == pid_) result.push_back(std::stoi(entry.path().filename()));
   }
   return result;
 }
@@ -118,6 +128,11 @@ Process::Options mpirun_environment() {
     options.environment = {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}};
   }
   return options;
+}
+
+bool alive(pid_t pid) {
+  const char state = stat_of("/proc/" + std::to_string(pid)).state;
+  return state != 0 && state != 'Z' && state != 'X';
 }
 
 bool wait_for_file(const std::string& path, Process& process, std::chrono::seconds limit) {

@@ -51,6 +51,9 @@ Finished run_command(const std::vector<std::string>& argv, const Process::Option
 std::vector<std::string> mpirun(int ranks, const std::vector<std::string>& command);
 Process::Options mpirun_environment();
 
+// Whether a process runs; one that ended and was not waited for does not.
+bool alive(pid_t pid);
+
 // Waits until `path` exists; false at the deadline or when the process has ended.
 bool wait_for_file(const std::string& path, Process& process, std::chrono::seconds limit);
 

@@ -26,6 +26,7 @@ struct DotTile {
   int rows;                       // 1..tile_rows
   int panels;                     // 1..4
   const uint8_t* const* weights;  // [panels] first group of each
+  const uint8_t* const* next;     // [panels] what is needed after this tile: fetched ahead, a line or two per pair
   int64_t pairs;
   float* acc;  // [panels][acc_stride], of which [rows][32]
   int64_t acc_stride;
@@ -67,6 +68,7 @@ struct KernelTable {
   int tile_rows;    // most rows of a tile
   int direct_rows;  // up to so many rows the dots read packed weights; beyond, expanded ones
   PairFormat (*direct_format)(int rows);
+  int (*panels_at_once)(int rows);  // panels that the direct dots read side by side
   PairFormat expanded_format;
   void (*pack_pairs)(const uint16_t* const* rows, int count, int64_t pairs, PairFormat format, void* out);
   void (*decode_e4m3)(const uint8_t* codes, int64_t count, uint16_t* out);  // to BF16

@@ -21,6 +21,8 @@ inline Fp8Tables load_fp8_tables() {
 }
 
 // 12 ymm accumulators at most, so up to 3 rows of a whole panel; one row takes two panels to hide the latency.
+constexpr int panels_at_once(int rows) { return rows == 1 ? 2 : 1; }
+
 template <bool kFp8, int R, int N>
 OCTET_INLINE void dot_panels(const DotTile& tile, int first) {
   if constexpr (kFp8) {
@@ -32,7 +34,7 @@ OCTET_INLINE void dot_panels(const DotTile& tile, int first) {
 
 template <bool kFp8, int R>
 void dot_rows(const DotTile& tile) {
-  constexpr int kMost = R == 1 ? 2 : 1;
+  constexpr int kMost = panels_at_once(R);
   int first = 0;
   for (; tile.panels - first >= kMost; first += kMost) dot_panels<kFp8, R, kMost>(tile, first);
   if (first < tile.panels) dot_panels<kFp8, R, 1>(tile, first);
@@ -99,21 +101,23 @@ void attend_chunk(const AttendChunk& chunk) {
 
 // ---- Calibration
 
+// Four streams side by side, each fetched 2 KiB ahead.
 uint64_t read_all(const void* data, int64_t bytes) {
+  const int64_t each = bytes / 4 / 64 * 64;
   const char* const from = static_cast<const char*>(data);
-  __m256i sums[8];
+  __m256i sums[4];
   for (__m256i& sum : sums) sum = _mm256_setzero_si256();
-  for (int64_t at = 0; at + 512 <= bytes; at += 512) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      _mm_prefetch(from + at + 4096 + 64 * i, _MM_HINT_T0);
-      const __m256i* const line = reinterpret_cast<const __m256i*>(from + at + 64 * i);
+  for (int64_t at = 0; at < each; at += 64) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      _mm_prefetch(from + i * each + at + 2048, _MM_HINT_T0);
+      const __m256i* const line = reinterpret_cast<const __m256i*>(from + i * each + at);
       sums[i] = _mm256_xor_si256(sums[i], _mm256_xor_si256(_mm256_loadu_si256(line), _mm256_loadu_si256(line + 1)));
     }
   }
-  for (int i = 1; i < 8; ++i) sums[0] = _mm256_xor_si256(sums[0], sums[i]);
-  return static_cast<uint64_t>(_mm256_extract_epi64(sums[0], 0) ^ _mm256_extract_epi64(sums[0], 1) ^
-                               _mm256_extract_epi64(sums[0], 2) ^ _mm256_extract_epi64(sums[0], 3));
+  const __m256i all = _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]), _mm256_xor_si256(sums[2], sums[3]));
+  return static_cast<uint64_t>(_mm256_extract_epi64(all, 0) ^ _mm256_extract_epi64(all, 1) ^
+                               _mm256_extract_epi64(all, 2) ^ _mm256_extract_epi64(all, 3));
 }
 
 double peak_dots(int64_t rounds) {
@@ -134,6 +138,7 @@ constexpr KernelTable kTable = {
     .tile_rows = 6,
     .direct_rows = 3,
     .direct_format = format_f32,
+    .panels_at_once = panels_at_once,
     .expanded_format = PairFormat::kF32,
     .pack_pairs = pack_pairs,
     .decode_e4m3 = decode_e4m3,

@@ -44,6 +44,7 @@ void dot_expanded(const DotTile& tile) {
   }
 }
 
+int panels_at_once(int) { return 1; }
 PairFormat format_f32(int) { return PairFormat::kF32; }
 
 template <int R>
@@ -88,6 +89,7 @@ constexpr KernelTable kTable = {
     .tile_rows = 4,
     .direct_rows = 1,
     .direct_format = format_f32,
+    .panels_at_once = panels_at_once,
     .expanded_format = PairFormat::kF32,
     .pack_pairs = pack_pairs,
     .decode_e4m3 = decode_e4m3,

@@ -1,9 +1,10 @@
 // Linear layers over packed panels: parallel over groups of panels; with few tokens bound by reading the weights once,
 // with many by the dot instructions.
 //
-// Activations are packed in tiles of a few rows. A group of panels is taken through all tiles; with one tile the dots
-// read the packed weights, with more they read a block of K pairs that was expanded once into a cache-sized scratch. A
-// row's accumulator visits its K pairs in order whatever the tile, the block or the group.
+// K is cut into blocks, so small that a block's activations and expanded weights stay in L1. Activations are packed
+// block by block, in tiles of a few rows. With one tile the dots read packed weights, of up to four panels at once;
+// with more they read a panel's block that was expanded once for all tiles. Either way the block that comes next is
+// fetched meanwhile. A row's accumulator visits its K pairs in order whatever the tile, the block or the group.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -17,10 +18,9 @@ namespace octet::cpu {
 namespace {
 
 constexpr int kMaxGroup = 4;          // panels of one work item
-constexpr int64_t kBlockPairs = 512;  // K pairs of an expanded block: 1,024 columns
-constexpr int64_t kFewPairs = 64;     // the same for a single tile, which reads the block only once: it stays in L1
-constexpr int64_t kTokenBlock = 504;  // tokens whose accumulators stay in L2 beside the weights
-constexpr int64_t kTileFloats = int64_t{kMaxTileRows} * kPanel;
+constexpr int64_t kTokenBlock = 504;  // tokens whose accumulators and activations stay in L2 beside a block of weights
+constexpr int64_t kAheadBytes = 8 << 10;      // packed weights fetched ahead of the dots: more would leave L1 again
+constexpr int64_t kExpandedBytes = 32 << 10;  // an expanded block stays in L1 while all tiles pass
 
 int group_bytes(const Linear& weight) { return weight.weight.dtype() == DType::kBF16 ? kBf16Group : kFp8Group; }
 int64_t panels_of(const Linear& weight) { return (weight.out_features + kPanel - 1) / kPanel; }
@@ -84,16 +84,32 @@ class LinearPass {
     direct_ = tokens <= kernels_.direct_rows;
     tiling_ = tile(tokens, direct_ ? kernels_.direct_rows : kernels_.tile_rows);
     format_ = direct_ ? kernels_.direct_format(static_cast<int>(tokens)) : kernels_.expanded_format;
+    block_pairs_ = direct_ ? direct_block_pairs() : kExpandedBytes / kernels_.expanded_group;
     pack_activations();
     make_groups();
     stream_.pool().parallel_for(static_cast<int64_t>(groups_.size()), weight_nanoseconds(),
-                                [&](int64_t item, int worker) { run_group(groups_[item], worker); });
+                                [&](int64_t item, int worker) { run_group(item, worker); });
+  }
+
+  // A block is what is fetched ahead, of as many panels as the dots read side by side.
+  int64_t direct_block_pairs() const {
+    int64_t widest = kFp8Group;
+    for (const Job& job : jobs_) widest = std::max<int64_t>(widest, group_bytes(*job.weight));
+    return std::max<int64_t>(kAheadBytes / (widest * kernels_.panels_at_once(tiling_.rows(0))), 16);
   }
 
   int64_t pair_bytes() const { return format_ == PairFormat::kBf16 ? 4 : 8; }
-  const void* tile_pairs(int64_t tile, int64_t pair) const {
-    const int64_t before = tiling_.first_row(tile) * pairs_ + pair * tiling_.rows(tile);
-    return packed_ + before * pair_bytes();
+  // [blocks][tiles][pairs][rows]
+  int64_t packed_offset(int64_t tile, int64_t pair) const {
+    const int64_t block = pair / block_pairs_ * block_pairs_;
+    const int64_t pairs = std::min(block_pairs_, pairs_ - block);
+    const int64_t before =
+        block * tiling_.tokens + tiling_.first_row(tile) * pairs + (pair - block) * tiling_.rows(tile);
+    return before * pair_bytes();
+  }
+  // How many of the pairs [pair, end) lie in pair's block.
+  int64_t pairs_in_block(int64_t pair, int64_t end) const {
+    return std::min(end, (pair / block_pairs_ + 1) * block_pairs_) - pair;
   }
 
   // A very rough guess: 16 bytes or 64 multiply-adds a nanosecond.
@@ -115,19 +131,25 @@ class LinearPass {
     }
     char* const packed = static_cast<char*>(stream_.pool().shared_scratch(tiling_.tokens * pairs_ * pair_bytes()));
     packed_ = packed;
-    stream_.pool().parallel_for(tiling_.tiles, tiling_.tokens * pairs_, [&](int64_t tile, int worker) {
-      const int64_t first = first_token_ + tiling_.first_row(tile);
+    const int64_t blocks = (pairs_ + block_pairs_ - 1) / block_pairs_;
+    stream_.pool().parallel_for(blocks * tiling_.tiles, tiling_.tokens * pairs_, [&](int64_t item, int worker) {
+      const int64_t tile = item % tiling_.tiles;
+      const int64_t pair = item / tiling_.tiles * block_pairs_;
+      const int64_t pairs = pairs_in_block(pair, pairs_);
       const int rows = tiling_.rows(tile);
       const uint16_t* from[kMaxTileRows];
-      if (codes) {
-        uint16_t* const decoded =
-            static_cast<uint16_t*>(stream_.pool().scratch(worker, rows * pairs_ * 2 * sizeof(uint16_t)));
-        kernels_.decode_e4m3(x_.values.as<uint8_t>() + first * pairs_ * 2, rows * pairs_ * 2, decoded);
-        for (int row = 0; row < rows; ++row) from[row] = decoded + row * pairs_ * 2;
-      } else {
-        for (int row = 0; row < rows; ++row) from[row] = x_.values.as<uint16_t>() + (first + row) * pairs_ * 2;
+      uint16_t* const decoded =
+          codes ? static_cast<uint16_t*>(stream_.pool().scratch(worker, rows * pairs * 2 * sizeof(uint16_t))) : nullptr;
+      for (int row = 0; row < rows; ++row) {
+        const int64_t at = (first_token_ + tiling_.first_row(tile) + row) * pairs_ * 2 + pair * 2;
+        if (codes) {
+          kernels_.decode_e4m3(x_.values.as<uint8_t>() + at, pairs * 2, decoded + row * pairs * 2);
+          from[row] = decoded + row * pairs * 2;
+        } else {
+          from[row] = x_.values.as<uint16_t>() + at;
+        }
       }
-      kernels_.pack_pairs(from, rows, pairs_, format_, packed + tiling_.first_row(tile) * pairs_ * pair_bytes());
+      kernels_.pack_pairs(from, rows, pairs, format_, packed + packed_offset(tile, pair));
     });
   }
 
@@ -155,72 +177,100 @@ class LinearPass {
 
   Scratch scratch(int worker) {
     const int64_t acc = kMaxGroup * tiling_.tokens * kPanel;
-    const int64_t bytes = acc * (1 + slots_) * sizeof(float) + kBlockPairs * kExpandedGroup;
+    const int64_t bytes = acc * (1 + slots_) * sizeof(float) + block_pairs_ * kernels_.expanded_group;
     float* const memory = static_cast<float*>(stream_.pool().scratch(worker, bytes));
     return {memory, memory + acc, reinterpret_cast<char*>(memory + acc * (1 + slots_))};
   }
 
   int64_t panel_floats() const { return tiling_.tokens * kPanel; }
 
-  void run_group(const Group& group, int worker) {
-    const Scratch memory = scratch(worker);
+  // Where panel p of a group has pair `pair`.
+  const uint8_t* weights_of(const Group& group, int p, int64_t pair) const {
     const Linear& weight = *jobs_[group.job].weight;
-    const int64_t panel_bytes = pairs_ * group_bytes(weight);
-    const uint8_t* panels[kMaxGroup];
-    for (int p = 0; p < group.count; ++p) {
-      panels[p] = static_cast<const uint8_t*>(weight.weight.data()) + (group.panel + p) * panel_bytes;
-    }
+    const int64_t groups = (group.panel + p) * pairs_ + pair;
+    return static_cast<const uint8_t*>(weight.weight.data()) + groups * group_bytes(weight);
+  }
+
+  void run_group(int64_t item, int worker) {
+    const Group& group = groups_[item];
+    // With threads taking turns, the group that this one will most likely have next.
+    const int64_t after = item + stream_.threads();
+    const Group& next = after < static_cast<int64_t>(groups_.size()) ? groups_[after] : group;
+    const Scratch memory = scratch(worker);
     for (const Leaf& leaf : leaves_) {
-      if (direct_) {
-        dot_direct(weight, group, panels, leaf, memory);
-      } else {
-        dot_expanded(weight, group, panels, leaf, memory);
+      const int64_t end = leaf.first_pair + leaf.pairs;
+      for (int64_t pair = leaf.first_pair; pair < end; pair += pairs_in_block(pair, end)) {
+        const Step step = {pair, pairs_in_block(pair, end), pair > leaf.first_pair};
+        if (direct_) {
+          dot_direct(group, next, step, memory);
+        } else {
+          dot_expanded(group, next, step, memory);
+        }
       }
       finish(group, leaf, memory);
     }
   }
 
-  void dot_direct(const Linear& weight, const Group& group, const uint8_t* const* panels, const Leaf& leaf,
-                  const Scratch& memory) {
+  // One block, or the part of it that belongs to a leaf.
+  struct Step {
+    int64_t pair;
+    int64_t pairs;
+    bool accumulate;
+  };
+
+  void dot_direct(const Group& group, const Group& next_group, const Step& step, const Scratch& memory) {
     const uint8_t* at[kMaxGroup];
-    for (int p = 0; p < group.count; ++p) at[p] = panels[p] + leaf.first_pair * group_bytes(weight);
-    const DotTile tile = {.x = tile_pairs(0, leaf.first_pair),
-                          .rows = tiling_.rows(0),
-                          .panels = group.count,
-                          .weights = at,
-                          .pairs = leaf.pairs,
-                          .acc = memory.acc,
-                          .acc_stride = panel_floats(),
-                          .accumulate = false};
-    (weight.weight.dtype() == DType::kBF16 ? kernels_.dot_bf16 : kernels_.dot_fp8)(tile);
+    const uint8_t* next[kMaxGroup];
+    const int64_t after = step.pair + step.pairs;
+    // The dots go through `side` panels at once, so those that come next are `side` panels or one block further.
+    const int side = std::min(kernels_.panels_at_once(tiling_.rows(0)), group.count);
+    for (int p = 0; p < group.count; ++p) {
+      at[p] = weights_of(group, p, step.pair);
+      const int q = (p + side) % group.count;
+      next[p] = p + side < group.count ? weights_of(group, q, step.pair)
+                : after < pairs_       ? weights_of(group, q, after)
+                                       : weights_of(next_group, std::min(q, next_group.count - 1), 0);
+    }
+    const bool bf16 = jobs_[group.job].weight->weight.dtype() == DType::kBF16;
+    (bf16 ? kernels_.dot_bf16 : kernels_.dot_fp8)({.x = packed_ + packed_offset(0, step.pair),
+                                                   .rows = tiling_.rows(0),
+                                                   .panels = group.count,
+                                                   .weights = at,
+                                                   .next = next,
+                                                   .pairs = step.pairs,
+                                                   .acc = memory.acc,
+                                                   .acc_stride = panel_floats(),
+                                                   .accumulate = step.accumulate});
   }
 
-  void dot_expanded(const Linear& weight, const Group& group, const uint8_t* const* panels, const Leaf& leaf,
-                    const Scratch& memory) {
-    const auto expand = weight.weight.dtype() == DType::kBF16 ? kernels_.expand_bf16 : kernels_.expand_fp8;
-    const int64_t block_pairs = tiling_.tiles == 1 ? kFewPairs : kBlockPairs;
-    for (int64_t done = 0; done < leaf.pairs; done += block_pairs) {
-      const int64_t pair = leaf.first_pair + done;
-      const int64_t pairs = std::min(block_pairs, leaf.pairs - done);
-      for (int p = 0; p < group.count; ++p) {
-        const uint8_t* block = panels[p] + pair * group_bytes(weight);
-        if (expand != nullptr) {
-          expand(block, pairs, memory.expanded);
-          block = reinterpret_cast<const uint8_t*>(memory.expanded);
-        }
-        for (int64_t t = 0; t < tiling_.tiles; ++t) {
-          kernels_.dot_expanded({.x = tile_pairs(t, pair),
-                                 .rows = tiling_.rows(t),
-                                 .panels = 1,
-                                 .weights = &block,
-                                 .pairs = pairs,
-                                 .acc = memory.acc + p * panel_floats() + tiling_.first_row(t) * kPanel,
-                                 .acc_stride = 0,
-                                 .accumulate = done > 0});
-        }
+  void dot_expanded(const Group& group, const Group& next_group, const Step& step, const Scratch& memory) {
+    const bool bf16 = jobs_[group.job].weight->weight.dtype() == DType::kBF16;
+    const auto expand = bf16 ? kernels_.expand_bf16 : kernels_.expand_fp8;
+    const int64_t after = step.pair + step.pairs;
+    for (int p = 0; p < group.count; ++p) {
+      const uint8_t* const packed = weights_of(group, p, step.pair);
+      const uint8_t* block = packed;
+      if (expand != nullptr) {
+        expand(packed, step.pairs, memory.expanded);
+        block = reinterpret_cast<const uint8_t*>(memory.expanded);
+      }
+      const uint8_t* const ahead = p + 1 < group.count ? weights_of(group, p + 1, step.pair)
+                                   : after < pairs_    ? weights_of(group, 0, after)
+                                                       : weights_of(next_group, 0, 0);
+      for (int64_t t = 0; t < tiling_.tiles; ++t) {
+        // A tile fetches a line per pair: the first has all of an FP8 block, the first two have all of a BF16 one.
+        const uint8_t* const next = t == 0 ? ahead : t == 1 && bf16 ? ahead + step.pairs * 64 : block;
+        kernels_.dot_expanded({.x = packed_ + packed_offset(t, step.pair),
+                               .rows = tiling_.rows(t),
+                               .panels = 1,
+                               .weights = &block,
+                               .next = &next,
+                               .pairs = step.pairs,
+                               .acc = memory.acc + p * panel_floats() + tiling_.first_row(t) * kPanel,
+                               .acc_stride = 0,
+                               .accumulate = step.accumulate});
       }
     }
-    if (leaf.pairs == 0) std::memset(memory.acc, 0, group.count * panel_floats() * sizeof(float));
   }
 
   void finish(const Group& group, const Leaf& leaf, const Scratch& memory) {
@@ -271,10 +321,25 @@ class LinearPass {
   int64_t first_token_ = 0;
   bool direct_ = false;
   Tiling tiling_{};
+  int64_t block_pairs_ = 0;
   PairFormat format_{};
   const char* packed_ = nullptr;
   std::vector<Group> groups_;
 };
+
+}  // namespace
+
+namespace {
+
+// Pairs [begin, end) of one row, each to its group; zeros for a row that pads a panel.
+template <typename Pair>
+void scatter(const uint8_t* row, uint8_t* at, int group, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; ++k) {
+    Pair pair = 0;
+    if (row != nullptr) std::memcpy(&pair, row + k * sizeof(Pair), sizeof(Pair));
+    std::memcpy(at + k * group, &pair, sizeof(Pair));
+  }
+}
 
 }  // namespace
 
@@ -286,16 +351,20 @@ void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linea
   uint8_t* const packed = static_cast<uint8_t*>(weight.weight.data()) + first_row / kPanel * pairs * group;
   const uint8_t* const from = static_cast<const uint8_t*>(raw.data());
   const int64_t pair_bytes = 2 * size_of(weight.weight.dtype());
+  // Rows are scattered over a panel's groups: a few groups at a time, so that they stay in L1 until all rows are in.
+  constexpr int64_t kPackPairs = 64;
   stream.pool().parallel_for((rows + kPanel - 1) / kPanel, raw.bytes(), [&](int64_t panel, int) {
     uint8_t* const to = packed + panel * pairs * group;
-    for (int row = 0; row < kPanel; ++row) {
-      uint8_t* const at = to + (bf16 ? row * 4 : fp8_offset(row));
-      const int64_t source = panel * kPanel + row;
-      for (int64_t k = 0; k < pairs; ++k) {
-        if (source < rows) {
-          std::memcpy(at + k * group, from + (source * pairs + k) * pair_bytes, pair_bytes);
+    for (int64_t begin = 0; begin < pairs; begin += kPackPairs) {
+      const int64_t end = std::min(begin + kPackPairs, pairs);
+      for (int row = 0; row < kPanel; ++row) {
+        uint8_t* const at = to + (bf16 ? row * 4 : fp8_offset(row));
+        const int64_t source = panel * kPanel + row;
+        const uint8_t* const values = source < rows ? from + source * pairs * pair_bytes : nullptr;
+        if (bf16) {
+          scatter<uint32_t>(values, at, group, begin, end);
         } else {
-          std::memset(at + k * group, 0, pair_bytes);
+          scatter<uint16_t>(values, at, group, begin, end);
         }
       }
     }

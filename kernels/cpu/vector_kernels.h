@@ -221,10 +221,12 @@ void pack_pairs(const uint16_t* const* rows, int count, int64_t pairs, PairForma
       uint16_t* const to = static_cast<uint16_t*>(out) + 2 * row;
       for (int64_t k = 0; k < pairs; ++k) __builtin_memcpy(to + 2 * k * count, from + 2 * k, 4);
     } else {
-      uint32_t* const to = static_cast<uint32_t*>(out) + 2 * row;
+      // Both floats in one store: the odd element's bits below the even one's.
+      uint64_t* const to = static_cast<uint64_t*>(out) + row;
       for (int64_t k = 0; k < pairs; ++k) {
-        to[2 * k * count] = static_cast<uint32_t>(from[2 * k + 1]) << 16;
-        to[2 * k * count + 1] = static_cast<uint32_t>(from[2 * k]) << 16;
+        uint32_t pair;
+        __builtin_memcpy(&pair, from + 2 * k, 4);
+        to[k * count] = (pair & 0xFFFF0000) | static_cast<uint64_t>(pair) << 48;
       }
     }
   }
@@ -235,6 +237,8 @@ void pack_pairs(const uint16_t* const* rows, int count, int64_t pairs, PairForma
 template <int P>
 struct ExpandedSource {
   const float* groups;
+  const uint8_t* next;
+  OCTET_INLINE void fetch_ahead(int64_t k) const { __builtin_prefetch(next + k * 64, 0, 2); }  // as far as L2
   OCTET_INLINE void load_odd(int64_t k, Lanes (&w)[P]) const {
     for (int p = 0; p < P; ++p) w[p] = load(groups + k * (kExpandedGroup / 4) + 16 * p);
   }
@@ -243,14 +247,18 @@ struct ExpandedSource {
   }
 };
 
-// P runs of sixteen BF16 pairs.
+// P runs of sixteen BF16 pairs, from one K pair to the next `stride` bytes further.
 template <int P>
 struct Bf16Source {
   const uint8_t* runs[P];
-  int64_t stride;  // bytes from one K pair to the next
+  const uint8_t* next[P];
+  int64_t stride;
   OCTET_INLINE void load(int64_t k, Pairs (&w)[P]) const {
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) w[p] = load_pairs(runs[p] + k * stride);
+    for (int p = 0; p < P; ++p) {
+      __builtin_prefetch(next[p] + k * stride);
+      w[p] = load_pairs(runs[p] + k * stride);
+    }
   }
 };
 
@@ -258,10 +266,14 @@ struct Bf16Source {
 template <int P>
 struct Fp8Source {
   const uint8_t* panels[P / 2];
+  const uint8_t* next[P / 2];
   Fp8Tables tables;
   OCTET_INLINE void load(int64_t k, Pairs (&w)[P]) const {
 #pragma GCC unroll 4
-    for (int p = 0; p < P / 2; ++p) load_fp8_group(tables, panels[p] + k * kFp8Group, w[2 * p], w[2 * p + 1]);
+    for (int p = 0; p < P / 2; ++p) {
+      __builtin_prefetch(next[p] + k * kFp8Group);
+      load_fp8_group(tables, panels[p] + k * kFp8Group, w[2 * p], w[2 * p + 1]);
+    }
   }
 };
 
@@ -292,6 +304,7 @@ struct Fp32Dots {
     const float* x = static_cast<const float*>(packed);
     for (int64_t k = 0; k < pairs; ++k, x += 2 * R) {
       Lanes w[P];
+      source.fetch_ahead(k);
       source.load_odd(k, w);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
@@ -331,7 +344,10 @@ template <typename Dots, int R, int N>
 OCTET_INLINE void dot_panels_bf16(const DotTile& tile, int first) {
   Bf16Source<2 * N> source;
   source.stride = kBf16Group;
-  for (int p = 0; p < 2 * N; ++p) source.runs[p] = tile.weights[first + p / 2] + p % 2 * 64;
+  for (int p = 0; p < 2 * N; ++p) {
+    source.runs[p] = tile.weights[first + p / 2] + p % 2 * 64;
+    source.next[p] = tile.next[first + p / 2] + p % 2 * 64;
+  }
   dot_block<Dots, R, 2 * N>(source, tile.x, tile.pairs, tile.accumulate, [&](int r, int p) {
     return tile.acc + (first + p / 2) * tile.acc_stride + r * kPanel + p % 2 * 16;
   });
@@ -341,7 +357,10 @@ template <typename Dots, int R, int N>
 OCTET_INLINE void dot_panels_fp8(const DotTile& tile, int first) {
   Fp8Source<2 * N> source;
   source.tables = load_fp8_tables();
-  for (int p = 0; p < N; ++p) source.panels[p] = tile.weights[first + p];
+  for (int p = 0; p < N; ++p) {
+    source.panels[p] = tile.weights[first + p];
+    source.next[p] = tile.next[first + p];
+  }
   dot_block<Dots, R, 2 * N>(source, tile.x, tile.pairs, tile.accumulate, [&](int r, int p) {
     return tile.acc + (first + p / 2) * tile.acc_stride + r * kPanel + p % 2 * 16;
   });
@@ -351,7 +370,8 @@ OCTET_INLINE void dot_panels_fp8(const DotTile& tile, int first) {
 template <int R, int P>
 OCTET_INLINE void dot_panel_expanded(const DotTile& tile, int panel) {
   for (int half = 0; half < 2; half += P) {
-    const ExpandedSource<P> source{reinterpret_cast<const float*>(tile.weights[panel]) + 16 * half};
+    const ExpandedSource<P> source = {reinterpret_cast<const float*>(tile.weights[panel]) + 16 * half,
+                                      tile.next[panel]};
     dot_block<Fp32Dots, R, P>(source, tile.x, tile.pairs, tile.accumulate, [&](int r, int p) {
       return tile.acc + panel * tile.acc_stride + r * kPanel + (half + p) * 16;
     });
@@ -403,7 +423,11 @@ OCTET_INLINE void score_blocks(const AttendChunk& chunk, int block, int blocks) 
   for (; block + P <= blocks; block += P) {
     Bf16Source<P> source;
     source.stride = 64;
-    for (int p = 0; p < P; ++p) source.runs[p] = reinterpret_cast<const uint8_t*>(chunk.key_blocks[block + p]);
+    for (int p = 0; p < P; ++p) {
+      const int after = block + P + p < blocks ? block + P + p : block + p;
+      source.runs[p] = reinterpret_cast<const uint8_t*>(chunk.key_blocks[block + p]);
+      source.next[p] = reinterpret_cast<const uint8_t*>(chunk.key_blocks[after]);
+    }
     Lanes acc[R][P];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {

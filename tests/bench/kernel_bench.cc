@@ -1,5 +1,5 @@
-// Shares of what the machine can do: linear layers against a read of the same weights and a loop of dots from registers,
-// each measured in turn with the work, medians over the rounds. Not a test: nothing here passes or fails.
+// Shares of what the machine can do: linear layers against a read of the same weights and a loop of dots from
+// registers, each measured in turn with the work, medians over the rounds. Not a test: nothing here passes or fails.
 //
 //   kernel_bench [--megabytes N] [--rounds N]
 #include <algorithm>
@@ -89,11 +89,11 @@ void bench(const Layers& layers, DType dtype, Isa isa, int threads, int64_t toke
     peak_shares.push_back(2.0 * kOut * kIn * static_cast<double>(tokens) / second / peak);
   }
   const double second = median(seconds);
-  std::printf("%-8s %-8s %7d %7lld | %8.1f %8.1f %6.1f %% | %8.1f %8.1f %6.1f %%\n", name_of(dtype), name_of(isa), threads,
-              static_cast<long long>(tokens), static_cast<double>(packed_bytes(dtype, kOut, kIn)) / second / 1e9,
-              median(reads) / 1e9, 100 * median(read_shares),
-              2.0 * kOut * kIn * static_cast<double>(tokens) / second / 1e9, median(peaks) / 1e9,
-              100 * median(peak_shares));
+  std::printf("%-8s %-8s %7d %7lld | %8.1f %8.1f %6.1f %% | %8.1f %8.1f %6.1f %%\n", name_of(dtype), name_of(isa),
+              threads, static_cast<long long>(tokens),
+              static_cast<double>(packed_bytes(dtype, kOut, kIn)) / second / 1e9, median(reads) / 1e9,
+              100 * median(read_shares), 2.0 * kOut * kIn * static_cast<double>(tokens) / second / 1e9,
+              median(peaks) / 1e9, 100 * median(peak_shares));
   std::fflush(stdout);
 }
 
@@ -106,8 +106,8 @@ int run(int argc, char** argv) {
     if (std::strcmp(argv[i], "--rounds") == 0) rounds = std::atoi(argv[i + 1]);
     if (std::strcmp(argv[i], "--isa") == 0) only = argv[i + 1];
   }
-  std::printf("%-8s %-8s %7s %7s | %8s %8s %8s | %8s %8s %8s\n", "weights", "family", "threads", "tokens", "GB/s", "read",
-              "share", "GFLOP/s", "peak", "share");
+  std::printf("%-8s %-8s %7s %7s | %8s %8s %8s | %8s %8s %8s\n", "weights", "family", "threads", "tokens", "GB/s",
+              "read", "share", "GFLOP/s", "peak", "share");
   for (const DType dtype : {DType::kF8E4M3, DType::kBF16}) {
     const Layers layers(dtype, megabytes);
     for (const Isa isa : {Isa::kAvx512, Isa::kAvx2}) {

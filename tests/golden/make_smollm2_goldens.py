@@ -2,6 +2,7 @@
 Weights come from package `gguf`, are compared with what transformers reads, and never pass through Octet's converter."""
 
 import argparse
+import json
 import pathlib
 
 import numpy as np
@@ -105,7 +106,8 @@ def apply_recipe(config, weights, recipe):
     return out
 
 
-def make_variant(config, weights, prompts, recipe, fp8_activations, out):
+def make_variant(config, weights, prompts, drafts, recipe, fp8_activations, out):
+    """drafts: {prompt name: a guess of its continuation}, replaced by what this variant says."""
     variant = recipe + ("_w8a8" if fp8_activations else "")
     print(f"{variant}:")
     stored = apply_recipe(config, weights, recipe)
@@ -122,7 +124,8 @@ def make_variant(config, weights, prompts, recipe, fp8_activations, out):
     golden = Golden("SmolLM2-135M-Instruct", variant, "fp8" if fp8_activations else "bf16",
                     "transformers float32", ["transformers_bfloat16", "numpy_float32", "numpy_rounded"])
     for name, text, ids in prompts:
-        continuation, rows = runs.greedy(float32, ids, STEPS)
+        continuation, rows = runs.greedy(float32, ids, STEPS, draft=drafts.get(name))
+        drafts[name] = continuation
         sequence = ids + continuation
         golden.add({"name": name, "text": text, "token_ids": ids}, continuation, rows,
                    {"transformers_bfloat16": runs.log_probs(bfloat16, sequence),
@@ -144,8 +147,12 @@ def main():
         if tokenizer.decode(ids, skip_special_tokens=False) != text:
             raise ValueError(f"{name} does not survive tokenising")
     print("prompt lengths:", [len(ids) for _, _, ids in prompts])
+    drafts = {}
     for variant in options.variants.split(","):
-        make_variant(config, weights, prompts, variant.removesuffix("_w8a8"), variant.endswith("_w8a8"), options.out)
+        earlier = options.out / f"{variant}.json"
+        if earlier.exists():
+            drafts = {p["name"]: p["continuation"] for p in json.loads(earlier.read_text())["prompts"]}
+        make_variant(config, weights, prompts, drafts, variant.removesuffix("_w8a8"), variant.endswith("_w8a8"), options.out)
 
 
 if __name__ == "__main__":

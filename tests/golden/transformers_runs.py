@@ -79,14 +79,15 @@ def _greedy_from(model, token_ids, steps):
     return out
 
 
-def greedy(model, token_ids, steps, one_pass=None):
+def greedy(model, token_ids, steps, one_pass=None, draft=None):
     """(tokens, log-probs [prompt + steps, vocab_size]): the `steps` most likely tokens, past any end token.
 
     Token by token and in one pass, float32 sums differ in their last bits, and a quantised activation may turn that into
     another token. So the one pass has the last word: the tokens are changed until it agrees with every one of them.
-    one_pass(token_ids) -> log-probs may be another implementation of the same model."""
+    one_pass(token_ids) -> log-probs may be another implementation of the same model. draft: a guess of the tokens; a good one
+    saves time, none changes the outcome."""
     one_pass = one_pass or (lambda ids: log_probs(model, ids))
-    out = _greedy_from(model, token_ids, steps)
+    out = draft or _greedy_from(model, token_ids, steps)
     while True:
         rows = one_pass(token_ids + out)
         best = rows[len(token_ids) - 1:-1].argmax(axis=1).tolist()
