@@ -1,5 +1,5 @@
-// ControlService: the public control plane. What this server is and how busy it is; plain reads of facts and of the engine's
-// counters.
+// ControlService: the public control plane. What this server is and how busy it is; plain reads of facts and of the
+// engine's counters.
 #pragma once
 
 #include <memory>

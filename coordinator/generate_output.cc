@@ -21,7 +21,8 @@ void GenerateOutput::absorb(const TokenEvent& event, v1::GenerateResponse* messa
   OCTET_CHECK(!ended_, "an event after the end of its output");
   if (event.finish == FinishReason::kError || event.finish == FinishReason::kCancelled) {
     ended_ = true;
-    status_ = absl::UnavailableError(event.finish == FinishReason::kError ? event.error : "the server is shutting down");
+    status_ =
+        absl::UnavailableError(event.finish == FinishReason::kError ? event.error : "the server is shutting down");
     return;
   }
   if (!prompt_.empty()) {

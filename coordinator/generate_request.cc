@@ -77,11 +77,13 @@ void check_stopping(const v1::StoppingParams& stopping, const ServedModel& model
   const int32_t context = model.limits.max_context;
   if (stopping.has_max_tokens()) {
     door->expect(stopping.max_tokens() >= 1 && stopping.max_tokens() <= context, "stopping.max_tokens",
-                 absl::StrCat("1 to ", context, ", the context (leave it out for all that fits)"), stopping.max_tokens());
+                 absl::StrCat("1 to ", context, ", the context (leave it out for all that fits)"),
+                 stopping.max_tokens());
   }
   const int32_t most = stopping.has_max_tokens() ? stopping.max_tokens() : context;
   door->expect(stopping.min_tokens() >= 0 && (stopping.min_tokens() == 0 || stopping.min_tokens() <= most),
-               "stopping.min_tokens", absl::StrCat("0 to ", most, ", the most tokens there may be"), stopping.min_tokens());
+               "stopping.min_tokens", absl::StrCat("0 to ", most, ", the most tokens there may be"),
+               stopping.min_tokens());
   door->expect(stopping.stop_size() <= kMaxStopStrings, "stopping.stop",
                absl::StrCat("at most ", kMaxStopStrings, " strings"), stopping.stop_size());
   for (int i = 0; i < std::min(stopping.stop_size(), kMaxStopStrings); ++i) {

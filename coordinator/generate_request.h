@@ -1,5 +1,5 @@
-// From a GenerateRequest on the wire to a Request that the engine takes: everything a client can say is checked here, at the
-// door, and every refusal names the field. Pure but for the seed of requests that bring none.
+// From a GenerateRequest on the wire to a Request that the engine takes: everything a client can say is checked here,
+// at the door, and every refusal names the field. Pure but for the seed of requests that bring none.
 #pragma once
 
 #include <string>
@@ -23,8 +23,8 @@ struct AcceptedRequest {
   bool logprobs = false;
 };
 
-// INVALID_ARGUMENT with google.rpc.BadRequest details; FAILED_PRECONDITION for a chat with a model that has no chat format.
-// May take a while: it tokenises.
+// INVALID_ARGUMENT with google.rpc.BadRequest details; FAILED_PRECONDITION for a chat with a model that has no chat
+// format. May take a while: it tokenises.
 absl::StatusOr<AcceptedRequest> accept_request(const v1::GenerateRequest& request, const ServedModel& model);
 
 }  // namespace octet

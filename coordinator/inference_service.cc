@@ -50,8 +50,8 @@ struct Shared {
   TaskThreads delivery{1};
 };
 
-// One Generate call: gRPC's reactor and the engine's sink. Lives while either has it. `inbox_mutex_` is held for moments
-// only, and is all that the engine thread takes; `mutex_` guards the rest.
+// One Generate call: gRPC's reactor and the engine's sink. Lives while either has it. `inbox_mutex_` is held for
+// moments only, and is all that the engine thread takes; `mutex_` guards the rest.
 class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>,
                            public RequestSink,
                            public std::enable_shared_from_this<GenerateCall> {
@@ -127,12 +127,12 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
   bool closed_ = false;
 
   std::mutex mutex_;
-  Engine* engine_ = nullptr;               // with request_id_: what to cancel
+  Engine* engine_ = nullptr;  // with request_id_: what to cancel
   RequestId request_id_ = 0;
-  std::optional<GenerateOutput> output_;   // from admission on
-  std::vector<TokenEvent> taken_;          // swapped with inbox_, so that both keep their memory
-  v1::GenerateResponse message_;           // what the next write says
-  v1::GenerateResponse sending_;           // what gRPC reads
+  std::optional<GenerateOutput> output_;  // from admission on
+  std::vector<TokenEvent> taken_;         // swapped with inbox_, so that both keep their memory
+  v1::GenerateResponse message_;          // what the next write says
+  v1::GenerateResponse sending_;          // what gRPC reads
   bool admitting_ = true;
   std::optional<grpc::Status> deferred_finish_;
   bool message_due_ = false;
@@ -155,8 +155,12 @@ void GenerateCall::echo_request_id() {
 // Admission thread. What is slow happens without the lock, so that a cancel does not wait; it only defers its finish().
 void GenerateCall::admit() {
   const Shared::Serving serving = shared_->serving();
-  absl::StatusOr<AcceptedRequest> accepted = serving.refusal;
-  if (serving.refusal.ok()) accepted = accept_request(*request_, *serving.model);
+  absl::StatusOr<AcceptedRequest> accepted;
+  if (serving.refusal.ok()) {
+    accepted = accept_request(*request_, *serving.model);
+  } else {
+    accepted = serving.refusal;
+  }
 
   const std::lock_guard lock(mutex_);
   admitting_ = false;
@@ -267,8 +271,8 @@ struct InferenceService::Impl final : public v1::InferenceService::CallbackServi
       const int32_t vocab_size = model.limits.vocab_size;
       for (int i = 0; i < ids.size(); ++i) {
         if (ids[i] >= 0 && ids[i] < vocab_size) continue;
-        return bad_request({{absl::StrCat("token_ids[", i, "]"),
-                             absl::StrCat("must be a token id of this model, 0 to ", vocab_size - 1, ", found ", ids[i])}});
+        return bad_request({{absl::StrCat("token_ids[", i, "]"), absl::StrCat("must be a token id of this model, 0 to ",
+                                                                              vocab_size - 1, ", found ", ids[i])}});
       }
       const bool skip_special = request->has_skip_special() ? request->skip_special() : true;
       response->set_text(model.tokenizer.decode({ids.data(), static_cast<size_t>(ids.size())}, skip_special));

@@ -1,5 +1,6 @@
 // InferenceService: the public data plane. Text to Request on the way in, token events to a gRPC stream on the way out.
-// Invariant: every call ends with exactly one status, and its request has left the engine (or is cancelled there) by then.
+// Invariant: every call ends with exactly one status, and its request has left the engine (or is cancelled there) by
+// then.
 #pragma once
 
 #include <cstddef>

@@ -16,7 +16,8 @@ struct FieldViolation {
   std::string description;  // what was expected, what was found
 };
 
-// INVALID_ARGUMENT that names every field, in its message and as google.rpc.BadRequest. REQUIRES: violations is not empty.
+// INVALID_ARGUMENT that names every field, in its message and as google.rpc.BadRequest. REQUIRES: violations is not
+// empty.
 absl::Status bad_request(const std::vector<FieldViolation>& violations);
 
 // Same code and message; google.rpc details travel in grpc-status-details-bin.

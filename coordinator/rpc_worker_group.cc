@@ -5,19 +5,21 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <chrono>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <mutex>
 #include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/synchronization/mutex.h"
 #include "coordinator/token_auth.h"
 #include "kernels/check.h"
 #include "octet/internal/v1/worker.grpc.pb.h"
@@ -28,7 +30,7 @@ namespace {
 
 namespace wire_v1 = internal::v1;
 
-constexpr absl::Duration kStopTimeout = absl::Seconds(10);
+constexpr std::chrono::seconds kStopTimeout{10};
 constexpr size_t kMaxSocketPath = 100;  // sockaddr_un has room for 107 bytes
 
 // A directory of this user's own for the socket. Removed as soon as every rank is in, so a killed job leaves nothing
@@ -45,8 +47,8 @@ absl::StatusOr<std::string> make_private_directory() {
   return path;
 }
 
-// The public server's library services (reflection, health) register themselves with every builder of the process; ranks
-// get none of them.
+// The public server's library services (reflection, health) register themselves with every builder of the process;
+// ranks get none of them.
 class NoLibraryServices final : public grpc::ServerBuilderOption {
  public:
   void UpdateArguments(grpc::ChannelArguments*) override {}
@@ -83,25 +85,30 @@ struct RpcWorkerGroup::Impl final : public wire_v1::WorkerService::CallbackServi
   void remove_socket();
   void run_local();
 
-  absl::Status admit(RankStream* stream, int32_t rank) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
-  void take_answer(int32_t rank, const wire_v1::Result& result) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
-  void fail(absl::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
-  void announce_failure() ABSL_LOCKS_EXCLUDED(mutex);
+  // REQUIRES, of the next three: mutex.
+  absl::Status admit(RankStream* stream, int32_t rank);
+  void take_answer(int32_t rank, const wire_v1::Result& result);
+  void fail(absl::Status status);
+  // Without it: calls out.
+  void announce_failure();
   absl::Status compare(const Pending& pending) const;
 
   const RpcWorkerGroupOptions options;
   std::string socket_directory, local_address, remote_address;
 
-  absl::Mutex mutex;
-  std::vector<RankStream*> streams ABSL_GUARDED_BY(mutex);  // rank r at r - 1; null: not here
-  int32_t open_streams ABSL_GUARDED_BY(mutex) = 0;
-  int32_t ranks_here ABSL_GUARDED_BY(mutex) = 0;
-  std::deque<Pending> pending ABSL_GUARDED_BY(mutex);
-  std::deque<StepPlan> local_plans ABSL_GUARDED_BY(mutex);
-  bool stop_submitted ABSL_GUARDED_BY(mutex) = false;
-  bool closing ABSL_GUARDED_BY(mutex) = false;
-  absl::Status failure ABSL_GUARDED_BY(mutex);
-  bool failure_announced ABSL_GUARDED_BY(mutex) = false;
+  bool settled() const { return !failure.ok() || pending.empty() || pending.back().missing == 0; }
+
+  std::mutex mutex;
+  std::condition_variable changed;   // notified with the mutex held, after any change that somebody may wait for
+  std::vector<RankStream*> streams;  // rank r at r - 1; null: not here
+  int32_t open_streams = 0;
+  int32_t ranks_here = 0;
+  std::deque<Pending> pending;
+  std::deque<StepPlan> local_plans;
+  bool stop_submitted = false;
+  bool closing = false;
+  absl::Status failure;
+  bool failure_announced = false;
 
   WorkerFunction local;
   std::thread local_thread;
@@ -123,12 +130,9 @@ class RpcWorkerGroup::Impl::RankStream final : public grpc::ServerBidiReactor<wi
     Finish(status);
   }
 
-  int32_t rank() const { return rank_; }
-  uint64_t answered = 0;  // plans this rank has answered
-
   void OnReadDone(bool ok) override {
     {
-      absl::MutexLock lock(&group_->mutex);
+      const std::lock_guard lock(group_->mutex);
       if (!ok) {
         lost();
       } else if (rank_ == 0) {
@@ -142,14 +146,14 @@ class RpcWorkerGroup::Impl::RankStream final : public grpc::ServerBidiReactor<wi
   }
 
   void OnWriteDone(bool ok) override {
-    absl::MutexLock lock(&group_->mutex);
+    const std::lock_guard lock(group_->mutex);
     writing_ = false;
     if (ok) write_next();  // otherwise the read side finds the stream broken and says so
   }
 
   void OnCancel() override {
     {
-      absl::MutexLock lock(&group_->mutex);
+      const std::lock_guard lock(group_->mutex);
       lost();
     }
     group_->announce_failure();
@@ -157,9 +161,10 @@ class RpcWorkerGroup::Impl::RankStream final : public grpc::ServerBidiReactor<wi
 
   void OnDone() override {
     {
-      absl::MutexLock lock(&group_->mutex);
+      const std::lock_guard lock(group_->mutex);
       if (rank_ != 0) group_->streams[rank_ - 1] = nullptr;
       --group_->open_streams;
+      group_->changed.notify_all();
     }
     delete this;
   }
@@ -201,7 +206,7 @@ class RpcWorkerGroup::Impl::RankStream final : public grpc::ServerBidiReactor<wi
 };
 
 grpc::ServerBidiReactor<wire_v1::RankMessage, wire_v1::Plan>* RpcWorkerGroup::Impl::Work(grpc::CallbackServerContext*) {
-  absl::MutexLock lock(&mutex);
+  const std::lock_guard lock(mutex);
   ++open_streams;
   return new RankStream(this);
 }
@@ -250,20 +255,20 @@ void RpcWorkerGroup::Impl::run_local() {
   while (true) {
     StepPlan plan;
     {
-      absl::MutexLock lock(&mutex);
-      mutex.Await(absl::Condition(
-          +[](Impl* self) { return self->closing || !self->local_plans.empty(); }, this));
+      std::unique_lock lock(mutex);
+      changed.wait(lock, [this] { return closing || !local_plans.empty(); });
       if (closing) return;
       plan = std::move(local_plans.front());
       local_plans.pop_front();
     }
     StepResult result = local(plan);
-    absl::MutexLock lock(&mutex);
+    const std::lock_guard lock(mutex);
     // Steps finish in order, so the oldest without a local result is this one.
     for (Pending& step : pending) {
       if (step.local.has_value()) continue;
       step.local = std::move(result);
       --step.missing;
+      changed.notify_all();
       break;
     }
     if (plan.stop) return;
@@ -278,6 +283,7 @@ absl::Status RpcWorkerGroup::Impl::admit(RankStream* stream, int32_t rank) {
   if (streams[rank - 1] != nullptr) return absl::AlreadyExistsError(absl::StrCat("rank ", rank, " is here already"));
   streams[rank - 1] = stream;
   ++ranks_here;
+  changed.notify_all();
   return absl::OkStatus();
 }
 
@@ -290,6 +296,7 @@ void RpcWorkerGroup::Impl::take_answer(int32_t rank, const wire_v1::Result& resu
     }
     step.remote[rank - 1] = Answer{.digest = result.sampled_digest(), .error = result.error()};
     --step.missing;
+    changed.notify_all();
     if (step.stop) streams[rank - 1]->finish(grpc::Status::OK);
     return;
   }
@@ -301,6 +308,7 @@ void RpcWorkerGroup::Impl::take_answer(int32_t rank, const wire_v1::Result& resu
 void RpcWorkerGroup::Impl::fail(absl::Status status) {
   if (!failure.ok()) return;
   failure = std::move(status);
+  changed.notify_all();
   for (RankStream* stream : streams) {
     if (stream != nullptr) stream->finish({grpc::StatusCode::UNAVAILABLE, std::string(failure.message())});
   }
@@ -309,7 +317,7 @@ void RpcWorkerGroup::Impl::fail(absl::Status status) {
 void RpcWorkerGroup::Impl::announce_failure() {
   absl::Status status;
   {
-    absl::MutexLock lock(&mutex);
+    const std::lock_guard lock(mutex);
     if (failure.ok() || failure_announced) return;
     failure_announced = true;
     status = failure;
@@ -353,13 +361,11 @@ RpcWorkerGroup::RpcWorkerGroup(std::unique_ptr<Impl> impl) : impl_(std::move(imp
 
 RpcWorkerGroup::~RpcWorkerGroup() {
   {
-    absl::MutexLock lock(&impl_->mutex);
+    std::unique_lock lock(impl_->mutex);
     // Whoever submitted the stop plan need not have collected its answers.
-    const auto settled = +[](Impl* impl) {
-      return !impl->failure.ok() || impl->pending.empty() || impl->pending.back().missing == 0;
-    };
-    if (impl_->stop_submitted) impl_->mutex.AwaitWithTimeout(absl::Condition(settled, impl_.get()), kStopTimeout);
+    if (impl_->stop_submitted) impl_->changed.wait_for(lock, kStopTimeout, [this] { return impl_->settled(); });
     impl_->closing = true;
+    impl_->changed.notify_all();
     for (Impl::RankStream* stream : impl_->streams) {
       if (stream != nullptr) stream->finish({grpc::StatusCode::UNAVAILABLE, "rank 0 is ending"});
     }
@@ -368,9 +374,8 @@ RpcWorkerGroup::~RpcWorkerGroup() {
   if (impl_->server != nullptr) {
     impl_->server->Shutdown(absl::ToChronoTime(absl::Now() + absl::Seconds(1)));
     impl_->server->Wait();
-    absl::MutexLock lock(&impl_->mutex);
-    impl_->mutex.Await(absl::Condition(
-        +[](Impl* impl) { return impl->open_streams == 0; }, impl_.get()));
+    std::unique_lock lock(impl_->mutex);
+    impl_->changed.wait(lock, [this] { return impl_->open_streams == 0; });
   }
   impl_->remove_socket();
 }
@@ -380,9 +385,10 @@ const std::string& RpcWorkerGroup::remote_address() const { return impl_->remote
 
 absl::Status RpcWorkerGroup::wait_for_ranks(absl::Duration timeout) {
   {
-    absl::MutexLock lock(&impl_->mutex);
-    const auto settled = +[](Impl* impl) { return !impl->failure.ok() || impl->ranks_here == impl->options.ranks - 1; };
-    const bool in_time = impl_->mutex.AwaitWithTimeout(absl::Condition(settled, impl_.get()), timeout);
+    std::unique_lock lock(impl_->mutex);
+    const bool in_time = impl_->changed.wait_for(
+        lock, absl::ToChronoMilliseconds(std::min(timeout, absl::Hours(24))),
+        [this] { return !impl_->failure.ok() || impl_->ranks_here == impl_->options.ranks - 1; });
     if (!impl_->failure.ok()) return impl_->failure;
     if (!in_time) {
       std::vector<int32_t> absent;
@@ -403,7 +409,7 @@ void RpcWorkerGroup::submit(const StepPlan& plan) {
     wire = std::make_shared<wire_v1::Plan>();
     encode(plan, wire.get());
   }
-  absl::MutexLock lock(&impl_->mutex);
+  const std::lock_guard lock(impl_->mutex);
   OCTET_CHECK(!impl_->stop_submitted, "a plan after the stop plan");
   impl_->stop_submitted = plan.stop;
   const int32_t ranks = impl_->options.ranks;
@@ -411,6 +417,7 @@ void RpcWorkerGroup::submit(const StepPlan& plan) {
   impl_->pending.back().remote.resize(ranks - 1);
   if (!impl_->failure.ok()) return;  // collect() says so
   impl_->local_plans.push_back(plan);
+  impl_->changed.notify_all();
   for (Impl::RankStream* stream : impl_->streams) {
     if (stream != nullptr) stream->send(wire);
   }
@@ -419,10 +426,9 @@ void RpcWorkerGroup::submit(const StepPlan& plan) {
 absl::StatusOr<StepResult> RpcWorkerGroup::collect() {
   absl::StatusOr<StepResult> answer;
   {
-    absl::MutexLock lock(&impl_->mutex);
+    std::unique_lock lock(impl_->mutex);
     OCTET_CHECK(!impl_->pending.empty(), "collect() without a submitted plan");
-    impl_->mutex.Await(absl::Condition(
-        +[](Impl* impl) { return !impl->failure.ok() || impl->pending.front().missing == 0; }, impl_.get()));
+    impl_->changed.wait(lock, [this] { return !impl_->failure.ok() || impl_->pending.front().missing == 0; });
     Pending oldest = std::move(impl_->pending.front());
     impl_->pending.pop_front();
     if (impl_->failure.ok()) {

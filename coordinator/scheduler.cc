@@ -196,8 +196,9 @@ void Scheduler::close_finished(StepPlan* plan) {
 }
 
 bool Scheduler::admit_next(StepPlan* plan) {
-  // Every sequence that decodes gets its token in every step, so no more may run than a step has tokens.
-  if (waiting_.empty() || running() == std::min(limits_.slots, limits_.max_step_tokens)) return false;
+  // Only asked while the budget has tokens left, after everybody that runs got one: so there are never more sequences
+  // than tokens in a step, and each that decodes gets its token in every step.
+  if (waiting_.empty() || running() == limits_.slots) return false;
   auto sequence = std::make_unique<Sequence>();
   if (!pool_.take(blocks_needed(waiting_.front(), limits_), &sequence->blocks)) return false;
   sequence->request = std::move(waiting_.front());

@@ -1,5 +1,5 @@
-// ServedModel: what the services need to know of the model behind the engine, as plain data. Filled once by launch, read by
-// any thread afterwards.
+// ServedModel: what the services need to know of the model behind the engine, as plain data. Filled once by launch,
+// read by any thread afterwards.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +15,16 @@
 namespace octet {
 
 struct ServedModel {
-  std::string name;           // the directory's name
-  std::string architecture;   // "LlamaForCausalLM"
-  std::string quant_method;   // "fbgemm_fp8", ..., "none"
+  std::string name;          // the directory's name
+  std::string architecture;  // "LlamaForCausalLM"
+  std::string quant_method;  // "fbgemm_fp8", ..., "none"
   int64_t parameters = 0;
-  WorkerLimits limits;        // of the engine's workers
+  WorkerLimits limits;  // of the engine's workers
   Tokenizer tokenizer;
   absl::StatusOr<ChatFormat> chat;     // or why this model takes plain prompts only
   GenerationConfig generation_config;  // defaults of requests that do not say
-  std::vector<int32_t> eos_token_ids;  // config.json's and generation_config.json's together; the chat format adds its own
+  std::vector<int32_t>
+      eos_token_ids;  // config.json's and generation_config.json's together; the chat format adds its own
 };
 
 // What ControlService says about the server itself.

@@ -20,6 +20,7 @@
 #include "coordinator/control_service.h"
 #include "coordinator/listen_address.h"
 #include "coordinator/token_auth.h"
+#include "grpc/health/v1/health.pb.h"
 
 namespace octet {
 namespace {
@@ -43,7 +44,8 @@ void set_limits(grpc::ServerBuilder* builder) {
   builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
   // gRPC would share a port with another server silently.
   builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  // Clients that vanish without a word are found within a minute; clients may ping every 10 s, idle or not, as gateways do.
+  // Clients that vanish without a word are found within a minute; clients may ping every 10 s, idle or not, as gateways
+  // do.
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 30'000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
@@ -65,10 +67,10 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials_for(const S
     return token_server_credentials(*token);
   }
   if (!address.loopback && !options.insecure) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("the address ", address.to_string(),
-                     " can be reached from other machines: give --token-file FILE, so that clients must show its token, or "
-                     "--insecure if anyone there may use this server"));
+    return absl::FailedPreconditionError(absl::StrCat(
+        "the address ", address.to_string(),
+        " can be reached from other machines: give --token-file FILE, so that clients must show its token, or "
+        "--insecure if anyone there may use this server"));
   }
   return grpc::InsecureServerCredentials();
 }
@@ -82,8 +84,9 @@ absl::Status write_address_file(const std::string& path, const std::string& addr
   if (!file.fail() && std::rename(temporary.c_str(), path.c_str()) == 0) return absl::OkStatus();
   const int error = errno;
   unlink(temporary.c_str());
-  return absl::FailedPreconditionError(absl::StrCat("the address file ", path, " cannot be written: ",
-                                                    std::strerror(error), "; --address-file takes a path in a directory "
+  return absl::FailedPreconditionError(absl::StrCat("the address file ", path,
+                                                    " cannot be written: ", std::strerror(error),
+                                                    "; --address-file takes a path in a directory "
                                                     "that exists and may be written"));
 }
 
@@ -115,6 +118,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::start(const ServerOptions& optio
   raise_descriptor_limit();
 
   grpc::EnableDefaultHealthCheckService(true);
+  // gRPC answers health without a descriptor; this links ours, so that reflection can tell what health is.
+  google::protobuf::LinkMessageReflection<grpc::health::v1::HealthCheckRequest>();
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   std::unique_ptr<Server> server(new Server(std::make_unique<Impl>(options)));
   grpc::ServerBuilder builder;
@@ -125,8 +130,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::start(const ServerOptions& optio
   set_limits(&builder);
   server->impl_->server = builder.BuildAndStart();
   if (server->impl_->server == nullptr || port == 0) {
-    return absl::UnavailableError(absl::StrCat("cannot listen at ", address->to_string(),
-                                               ": its port was taken this very moment; try again"));
+    return absl::UnavailableError(
+        absl::StrCat("cannot listen at ", address->to_string(), ": its port was taken this very moment; try again"));
   }
   server->impl_->set_serving(false);
   address->host = advertised_host(options, *address);
@@ -157,7 +162,8 @@ void Server::drain() {
   const std::lock_guard lock(impl_->mutex);
   if (std::exchange(impl_->draining, true)) return;
   impl_->set_serving(false);
-  impl_->inference.refuse(absl::UnavailableError("the server is shutting down and takes no new requests: ask another one"));
+  impl_->inference.refuse(
+      absl::UnavailableError("the server is shutting down and takes no new requests: ask another one"));
 }
 
 void Server::shutdown(const absl::Status& cause, absl::Duration patience) {

@@ -1,5 +1,5 @@
-// Server: the public gRPC port. Inference, control, health and reflection behind one listening address, one token check and
-// one set of limits. Invariant: health says SERVING only between open() and drain().
+// Server: the public gRPC port. Inference, control, health and reflection behind one listening address, one token check
+// and one set of limits. Invariant: health says SERVING only between open() and drain().
 #pragma once
 
 #include <memory>
@@ -25,9 +25,9 @@ struct ServerOptions {
 
 class Server {
  public:
-  // Listens; every call but health and reflection is UNAVAILABLE until open(). INVALID_ARGUMENT for an address that is none,
-  // FAILED_PRECONDITION for one that needs a token, UNAVAILABLE for a port in use: each says what helps. Before a model is
-  // loaded is the time to find out.
+  // Listens; every call but health and reflection is UNAVAILABLE until open(). INVALID_ARGUMENT for an address that is
+  // none, FAILED_PRECONDITION for one that needs a token, UNAVAILABLE for a port in use: each says what helps. Before a
+  // model is loaded is the time to find out.
   static absl::StatusOr<std::unique_ptr<Server>> start(const ServerOptions& options);
   ~Server();  // shutdown() without patience
 

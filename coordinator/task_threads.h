@@ -1,5 +1,5 @@
-// A few threads that run tasks in the order they came: work that must keep neither the engine thread nor gRPC's own threads
-// (there may be only two of those) waiting.
+// A few threads that run tasks in the order they came: work that must keep neither the engine thread nor gRPC's own
+// threads (there may be only two of those) waiting.
 #pragma once
 
 #include <condition_variable>

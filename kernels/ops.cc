@@ -95,6 +95,18 @@ void check_batch(const AttentionBatch& batch, int64_t tokens, int64_t blocks) {
   }
 }
 
+void check_program(std::span<const Tensor> pieces, std::span<const int> program) {
+  OCTET_CHECK(pieces.size() <= cpu::kMaxPieces, std::to_string(pieces.size()) + " pieces");
+  int depth = 0;
+  for (const int entry : program) {
+    OCTET_CHECK(entry == kAdd || (entry >= 0 && entry < static_cast<int>(pieces.size())),
+                "the program names piece " + std::to_string(entry));
+    depth += entry == kAdd ? -1 : 1;
+    OCTET_CHECK(depth >= 1 && depth <= cpu::kMaxTreeDepth, "the program needs a stack of " + std::to_string(depth));
+  }
+  OCTET_CHECK(depth == 1, "the program leaves " + std::to_string(depth) + " results");
+}
+
 }  // namespace
 
 int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features) {
@@ -155,17 +167,18 @@ void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<cons
   check_rank("residual", residual, 2);
   check_tensor("residual", residual, DType::kBF16, residual.shape());
   for (const Tensor& piece : pieces) check_tensor("piece", piece, DType::kF32, residual.shape());
-  OCTET_CHECK(pieces.size() <= cpu::kMaxPieces, std::to_string(pieces.size()) + " pieces");
-  int depth = 0;
-  for (const int entry : program) {
-    OCTET_CHECK(entry == kAdd || (entry >= 0 && entry < static_cast<int>(pieces.size())),
-                "the program names piece " + std::to_string(entry));
-    depth += entry == kAdd ? -1 : 1;
-    OCTET_CHECK(depth >= 1 && depth <= cpu::kMaxTreeDepth, "the program needs a stack of " + std::to_string(depth));
-  }
-  OCTET_CHECK(depth == 1, "the program leaves " + std::to_string(depth) + " results");
+  check_program(pieces, program);
   const cpu::FlushDenormals flush;
   cpu::add_tree_sum(stream, pieces, program, residual);
+}
+
+void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out) {
+  check_rank("out", out, 2);
+  check_tensor("out", out, DType::kF32, out.shape());
+  for (const Tensor& piece : pieces) check_tensor("piece", piece, DType::kF32, out.shape());
+  check_program(pieces, program);
+  const cpu::FlushDenormals flush;
+  cpu::tree_sum(stream, pieces, program, out);
 }
 
 void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out) {

@@ -79,7 +79,7 @@ void linear_over_slices(Stream& stream, const Activations& x, const Linear& weig
 void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& residual);
 
 // The sum itself, out[t, j] = sum(pieces)[t, j], out [tokens, n] F32: for finishing a part of the tree where the rest of it is
-// elsewhere. out may be one of the pieces.
+// elsewhere. out overlaps no piece.
 void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out);
 
 // out[i] = table[row_ids[i]]. table [rows, n] BF16, row_ids in range, out [ids, n] BF16.

@@ -34,6 +34,9 @@ class Bootstrap {
   // The node that each rank belongs to for collectives: pretended if asked for.
   const std::vector<int>& node_of_rank() const { return node_of_rank_; }
 
+  // Whether rank 0 is on the same real node, within reach of a Unix socket.
+  bool shares_node_with_rank_0() const { return real_node_of_rank_[rank_] == real_node_of_rank_[0]; }
+
   // This rank's place among the ranks of its real node, and how many they are: for dividing what a machine has.
   int local_rank() const { return local_rank_; }
   int local_size() const { return local_size_; }

@@ -32,12 +32,12 @@ TEST(BlockPool, TakesAllOrNothing) {
   EXPECT_TRUE(pool.take(0, &blocks));
 }
 
-TEST(BlockPool, TakesAgainWhatCameBack) {
-  BlockPool pool(2);
+TEST(BlockPool, TakesFirstWhatCameBackLast) {
+  BlockPool pool(4);
   std::vector<int32_t> blocks;
-  ASSERT_TRUE(pool.take(2, &blocks));
-  pool.give_back({blocks[1]});
-  EXPECT_EQ(pool.free(), 1);
+  ASSERT_TRUE(pool.take(3, &blocks));
+  pool.give_back({blocks[0], blocks[1]});
+  EXPECT_EQ(pool.free(), 3);
   std::vector<int32_t> again;
   ASSERT_TRUE(pool.take(1, &again));
   EXPECT_EQ(again, std::vector<int32_t>{blocks[1]});

@@ -60,7 +60,8 @@ class FakeGroup : public WorkerGroup {
     std::unique_lock lock(mutex_);
     in_step_ = true;
     changed_.notify_all();
-    changed_.wait(lock, [this] { return !held_; });
+    changed_.wait(lock, [this] { return allowed_ > 0; });
+    --allowed_;
     in_step_ = false;
     if (!failure_.ok()) {
       dead_ = true;
@@ -75,14 +76,12 @@ class FakeGroup : public WorkerGroup {
     return result;
   }
 
-  // From now on steps do not end until release().
-  void hold() {
+  // From now on steps do not end, until allow() lets some or release() all of them.
+  void hold() { allow(0); }
+  void release() { allow(kAll); }
+  void allow(int64_t steps) {
     const std::lock_guard lock(mutex_);
-    held_ = true;
-  }
-  void release() {
-    const std::lock_guard lock(mutex_);
-    held_ = false;
+    allowed_ = steps;
     changed_.notify_all();
   }
   // REQUIRES: held.
@@ -102,6 +101,8 @@ class FakeGroup : public WorkerGroup {
   bool stopped() const { return stopped_; }
 
  private:
+  static constexpr int64_t kAll = int64_t{1} << 60;
+
   FakeWorker worker_;
   std::deque<StepPlan> plans_;
   uint64_t steps_ = 0;
@@ -110,7 +111,7 @@ class FakeGroup : public WorkerGroup {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  bool held_ = false;
+  int64_t allowed_ = kAll;
   bool in_step_ = false;
   absl::Status failure_;
   std::string step_error_;
@@ -247,6 +248,38 @@ TEST(Engine, SubmitAndCancelDoNotWaitForAStep) {
   EXPECT_EQ(second.sink->wait().finish, FinishReason::kCancelled);
 }
 
+TEST(Engine, AnswersACancelWhileTheNextStepRuns) {
+  House house;
+  house.group.hold();
+  const House::Submitted first = house.submit(make_request(1, 3, 5));
+  house.group.wait_for_a_step();
+  const House::Submitted second = house.submit(make_request(2, 3, 5));
+  house.engine->cancel(second.id);
+  house.group.allow(1);  // the first step ends, the second is held
+  EXPECT_EQ(second.sink->wait().finish, FinishReason::kCancelled);
+  EXPECT_FALSE(first.sink->ended());
+  house.group.release();
+}
+
+TEST(Engine, DropsASinkAfterItsTerminalEvent) {
+  House house;
+  House::Submitted submitted = house.submit(make_request(1, 3, 5));
+  const std::weak_ptr<Recorder> sink = submitted.sink;
+  submitted.sink->wait();
+  submitted.sink.reset();
+  ASSERT_TRUE(house.wait_idle());
+  EXPECT_TRUE(sink.expired());
+}
+
+TEST(Engine, IsIdleOnlyWhenWhatWasSubmittedHasEnded) {
+  House house;
+  for (uint64_t i = 0; i < 200; ++i) {
+    const House::Submitted submitted = house.submit(make_request(i, 3, 3));
+    ASSERT_TRUE(house.wait_idle());
+    ASSERT_TRUE(submitted.sink->ended());
+  }
+}
+
 TEST(Engine, RefusesWhatCanNeverRun) {
   House house;
   EXPECT_EQ(house.refusal(make_request(1, 0, 5)).code(), absl::StatusCode::kInvalidArgument);
@@ -350,8 +383,10 @@ TEST(Engine, AFaultOfAStepFailsTheGroup) {
 
 TEST(Engine, DrainsByFinishingTheOldAndRefusingTheNew) {
   House house;
+  ASSERT_TRUE(house.wait_idle());
   house.group.hold();
   const House::Submitted old = house.submit(make_request(1, 3, 20));
+  house.group.wait_for_a_step();
   house.engine->drain();
   EXPECT_EQ(house.refusal(make_request(2, 3, 20)).code(), absl::StatusCode::kUnavailable);
   EXPECT_FALSE(house.engine->wait_idle(std::chrono::steady_clock::now() + 10ms)) << "a request is still running";

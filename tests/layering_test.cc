@@ -114,7 +114,8 @@ std::vector<std::string> source_files() {
 std::vector<std::string> impure_includes_reached_from(const std::string& start) {
   static const std::regex kImpure(
       "chrono|ctime|time\\.h|thread|mutex|atomic|future|condition_variable|random|iostream|fstream|filesystem|"
-      "unistd\\.h|pthread\\.h|signal\\.h|sys/.*|absl/(time|synchronization|random)/.*|kernels/(?!check\\.h).*|worker/(worker|batch|"
+      "unistd\\.h|pthread\\.h|signal\\.h|sys/.*|absl/(time|synchronization|random)/.*|kernels/(?!check\\.h).*|worker/"
+      "(worker|batch|"
       "kv_cache|model|collective|checkpoint).*");
   std::vector<std::string> queue = {start}, impure;
   std::set<std::string> seen = {start};

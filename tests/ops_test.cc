@@ -645,6 +645,37 @@ TEST(AddTreeSum, RoundsOnceToBf16) {
   }
 }
 
+TEST(TreeSum, APartOfTheTreeThatIsSummedApartLeavesTheBitsAlone) {
+  Random random(17);
+  for (const int64_t n : {1, 63, 64, 65, 9001}) {
+    std::vector<Owned> memory;
+    std::vector<Tensor> pieces;
+    std::vector<SliceNode> nodes;
+    for (int i = 0; i < 5; ++i) {
+      memory.push_back(random.f32({1, n}));
+      // Some of these and of their sums are denormal: flushed in both ways, or in neither.
+      for (int64_t j = 0; j < n; j += 3) memory.back().tensor.as<float>()[j] *= 0x1p-126f;
+      pieces.push_back(memory.back());
+      nodes.push_back({0, i});
+    }
+    const Owned residual(DType::kBF16, {1, n});
+    const Owned whole = same_everywhere("add_tree_sum", [&](Stream& stream) {
+      Owned out(residual);
+      add_tree_sum(stream, pieces, sum_program(nodes, root_of(5), 5), out);
+      return out;
+    });
+    const Owned apart = same_everywhere("tree_sum", [&](Stream& stream) {
+      const Owned left(DType::kF32, {1, n});
+      tree_sum(stream, pieces, std::vector<int>{0, 1, kAdd, 2, 3, kAdd, kAdd}, left);
+      const std::vector<Tensor> both = {pieces[4], left};
+      Owned out(residual);
+      add_tree_sum(stream, both, sum_program(std::vector<SliceNode>{{0, 4}, {2, 0}}, root_of(5), 5), out);
+      return out;
+    });
+    expect_same_bits(apart, whole, std::to_string(n));
+  }
+}
+
 // ---- Rows
 
 TEST(Quantize, MatchesTheReferenceToTheBit) {

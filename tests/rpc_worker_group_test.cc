@@ -1,7 +1,10 @@
 // The worker group over real gRPC streams, with fake workers: ranks are threads of this process.
 #include "coordinator/rpc_worker_group.h"
 
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
@@ -292,6 +295,30 @@ TEST(RpcWorkerGroup, RefusesRanksWithoutTheSecretAndRanksItDoesNotExpect) {
   ranks.start(1, group->local_address(), fake_worker);
   ASSERT_TRUE(group->wait_for_ranks(absl::Seconds(30)).ok());
   EXPECT_TRUE(group->run(stop_plan(0)).ok());
+}
+
+// The public server's library services register themselves with every gRPC server of a process that links them.
+TEST(RpcWorkerGroup, OffersNothingButThePlanStream) {
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  Group group(2);
+  auto channel = grpc::CreateChannel(group->local_address(), grpc::InsecureChannelCredentials());
+  grpc::GenericStub stub(channel);
+  for (const char* method :
+       {"/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}) {
+    grpc::CompletionQueue queue;
+    void* tag = nullptr;
+    bool ok = false;
+    grpc::ClientContext context;
+    context.AddMetadata("authorization", absl::StrCat("Bearer ", kSecret));
+    auto stream = stub.PrepareCall(&context, method, &queue);
+    stream->StartCall(nullptr);
+    queue.Next(&tag, &ok);
+    grpc::Status status;
+    stream->Finish(&status, nullptr);
+    queue.Next(&tag, &ok);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::UNIMPLEMENTED) << method;
+  }
 }
 
 TEST(RpcWorkerGroup, RefusesASecondRankOfTheSameNumberAndKeepsTheFirst) {

@@ -186,7 +186,7 @@ TEST(Safetensors, WritesWhatItReads) {
 
 // Whatever bytes of a valid file change: an answer, never a crash. Most mutants must be refused, or the rules are
 // asleep.
-TEST(Safetensors, SurvivesTenThousandMutants) {
+TEST(Safetensors, SurvivesThousandsOfMutants) {
   const std::string valid = safetensors_bytes(
       "{\"__metadata__\":{\"format\":\"pt\"}," + entry("a.weight", "BF16", "[2,3]", 0, 12) + "," +
           entry("b.weight", "F8_E4M3", "[4]", 12, 16) + "," + entry("b.scale", "F32", "[]", 16, 20) + "}",
@@ -195,7 +195,7 @@ TEST(Safetensors, SurvivesTenThousandMutants) {
   const std::string alphabet = "{}[]\":,0123456789-+.eE\\ \xff\0";
   std::mt19937 random(7);
   int refused = 0;
-  constexpr int kMutants = 10000;
+  constexpr int kMutants = 50000;
   for (int i = 0; i < kMutants; ++i) {
     std::string mutant = valid;
     const int edits = 1 + static_cast<int>(random() % 3);
@@ -216,12 +216,9 @@ TEST(Safetensors, SurvivesTenThousandMutants) {
           break;
       }
     }
-    // Straight to the parser where the length is right, so that mutants get past the first eight bytes.
-    uint64_t length = 0;
-    if (mutant.size() >= 8) std::memcpy(&length, mutant.data(), 8);
+    // Straight to the parser, so that mutants get past the first eight bytes.
     const std::string header = mutant.size() > 8 ? mutant.substr(8, valid.size() - 28) : "";
     refused += !parse_safetensors_header(header, static_cast<int64_t>(mutant.size()), "mutant").ok();
-    if (i % 10 == 0) header_of(mutant).status().IgnoreError();
   }
   EXPECT_GT(refused, kMutants / 2);
   EXPECT_LT(refused, kMutants);

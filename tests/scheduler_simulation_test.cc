@@ -193,7 +193,7 @@ class Simulation {
     ASSERT_EQ(scheduler_.running(), static_cast<int32_t>(holder_.size()));
     if (queue_.empty()) return;
     const bool no_tokens = plan_.token_count() == limits_.max_step_tokens;
-    const bool no_place = scheduler_.running() == std::min(limits_.slots, limits_.max_step_tokens);
+    const bool no_place = scheduler_.running() == limits_.slots;
     const bool no_blocks = lives_.at(queue_.front()).blocks > scheduler_.blocks().free();
     ASSERT_TRUE(no_tokens || no_place || no_blocks) << "the first in the queue could run";
   }

@@ -413,6 +413,17 @@ TEST(Scheduler, CancelsARequestThatWaits) {
   EXPECT_THAT(house.tokens_of(2), IsEmpty());
 }
 
+TEST(Scheduler, IsNotIdleWhileAnEventIsToBeTaken) {
+  House house(small_limits());
+  house.add(make_request(1, 3, 4));
+  house.scheduler.cancel(1);
+  EXPECT_FALSE(house.step());
+  EXPECT_FALSE(house.scheduler.idle());
+  house.scheduler.take_events(&house.events);
+  EXPECT_TRUE(house.scheduler.idle());
+  EXPECT_EQ(house.end_of(1).finish, FinishReason::kCancelled);
+}
+
 TEST(Scheduler, CancelsARequestThatRunsAndClosesItsSlotNext) {
   House house(small_limits());
   house.add(make_request(1, 3, 50));

@@ -2,14 +2,14 @@
 
 #include <grpcpp/grpcpp.h>
 
-#include <chrono>
+#include <condition_variable>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "octet/internal/v1/worker.grpc.pb.h"
 #include "worker/step_wire.h"
 
@@ -43,13 +43,12 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
     StartCall();
   }
 
-  ~PlanStream() override { absl::MutexLock lock(&mutex_); }  // OnDone has left its critical section
+  ~PlanStream() override { const std::lock_guard lock(mutex_); }  // OnDone has left its critical section
 
   // The next plan as it came, or nothing when the stream ended: status() says how.
   std::optional<wire_v1::Plan> next() {
-    absl::MutexLock lock(&mutex_);
-    mutex_.Await(absl::Condition(
-        +[](PlanStream* self) { return !self->plans_.empty() || self->done_; }, this));
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return !plans_.empty() || done_; });
     if (plans_.empty()) return std::nullopt;
     wire_v1::Plan plan = std::move(plans_.front());
     plans_.pop_front();
@@ -57,15 +56,15 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
   }
 
   void answer(wire_v1::RankMessage message) {
-    absl::MutexLock lock(&mutex_);
-    if (done_) return;
+    const std::lock_guard lock(mutex_);
+    if (reading_ended_) return;  // gRPC may be on its way to OnDone, after which nothing may be started
     answers_.push_back(std::move(message));
     write_next();
   }
 
   // From now on the end of the stream is no loss.
   void expect_end() {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     end_expected_ = true;
   }
 
@@ -73,23 +72,28 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
 
   // Waits for the end.
   absl::Status status() {
-    absl::MutexLock lock(&mutex_);
-    mutex_.Await(absl::Condition(&done_));
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return done_; });
     return status_;
   }
 
   void OnReadDone(bool ok) override {
-    if (!ok) return;
+    if (!ok) {
+      const std::lock_guard lock(mutex_);
+      reading_ended_ = true;
+      return;
+    }
     {
-      absl::MutexLock lock(&mutex_);
+      const std::lock_guard lock(mutex_);
       plans_.push_back(std::move(receiving_));
+      changed_.notify_one();
     }
     receiving_.Clear();
     StartRead(&receiving_);
   }
 
   void OnWriteDone(bool ok) override {
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     writing_ = false;
     if (ok) write_next();
   }
@@ -98,7 +102,7 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
     bool lost = false;
     absl::Status result;
     {
-      absl::MutexLock lock(&mutex_);
+      const std::lock_guard lock(mutex_);
       if (!status.ok()) {
         status_ = absl::Status(static_cast<absl::StatusCode>(status.error_code()),
                                absl::StrCat("rank ", options_.rank, ": the plan stream from rank 0 (",
@@ -111,12 +115,14 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
       result = status_;
     }
     if (lost && options_.on_lost) options_.on_lost(result);
-    absl::MutexLock lock(&mutex_);
+    const std::lock_guard lock(mutex_);
     done_ = true;  // last: the owner may destroy this once it is seen
+    changed_.notify_one();
   }
 
  private:
-  void write_next() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  // REQUIRES: mutex_.
+  void write_next() {
     if (writing_ || answers_.empty()) return;
     sending_ = std::move(answers_.front());
     answers_.pop_front();
@@ -127,14 +133,16 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
   const WorkerServiceOptions& options_;
   grpc::ClientContext context_;
   wire_v1::Plan receiving_;
-  absl::Mutex mutex_;
-  std::deque<wire_v1::Plan> plans_ ABSL_GUARDED_BY(mutex_);
-  std::deque<wire_v1::RankMessage> answers_ ABSL_GUARDED_BY(mutex_);
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable changed_;
+  std::deque<wire_v1::Plan> plans_;
+  std::deque<wire_v1::RankMessage> answers_;
   wire_v1::RankMessage sending_;
-  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
-  bool end_expected_ ABSL_GUARDED_BY(mutex_) = false;
-  bool done_ ABSL_GUARDED_BY(mutex_) = false;
-  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  bool writing_ = false;
+  bool reading_ended_ = false;
+  bool end_expected_ = false;
+  bool done_ = false;
+  absl::Status status_;
 };
 
 wire_v1::RankMessage to_answer(const StepResult& result) {

@@ -268,10 +268,11 @@ absl::Status ChatFormat::recognise(const Tokenizer& tokenizer) {
   const auto says = [&](const char* word) { return contents.words.contains(word); };
   std::string unknown;
   bool complete = true;
-  if (prints("<|start_header_id|>") && prints(kKnowledgeDate)) {
+  if (prints("<|start_header_id|>") && says("date_string")) {
     kind_ = Kind::kLlama31;
     unknown = first_unknown(contents, llama31_words(), llama31_literals());
-    complete = prints(kTodayPrefix) && prints(kUserTools1) && prints("<|eot_id|>") && says("trim") && says("tojson");
+    complete = prints(kKnowledgeDate) && prints(kTodayPrefix) && prints(kUserTools1) && prints("<|eot_id|>") &&
+               says("trim") && says("tojson");
     builtin_tools_ = says("builtin_tools");
     uses_today_ = says("strftime_now");
     default_date_ = contents.date;

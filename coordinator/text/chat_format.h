@@ -15,23 +15,23 @@
 namespace octet {
 
 struct ChatToolCall {
-  std::string name;
-  std::string arguments;  // a JSON object
+  std::string name = {};
+  std::string arguments = {};  // a JSON object
 };
 
 struct ChatMessage {
-  std::string role;                      // system, user, assistant, tool (Llama 3.1 and later also: ipython)
-  std::optional<std::string> content;    // may be absent only beside tool_calls
-  std::vector<ChatToolCall> tool_calls;  // of an assistant; Llama takes one per message
+  std::string role = {};  // system, user, assistant; Llama 3.1 and later also tool, which it calls ipython
+  std::optional<std::string> content = {};    // may be absent only beside tool_calls, where it is not printed
+  std::vector<ChatToolCall> tool_calls = {};  // of an assistant; Llama takes one per message
 };
 
 struct ChatRequest {
-  std::vector<ChatMessage> messages;
-  std::vector<std::string> tools;          // each a JSON object; printed into the prompt
-  bool tools_in_user_message = true;       // false: into the system turn instead of the first user turn
-  std::vector<std::string> builtin_tools;  // Llama 3.1: brave_search, wolfram_alpha, code_interpreter
-  std::string date;                        // "26 Jul 2024"; empty: ChatFormat::default_date
-  bool add_generation_prompt = true;       // ends with the beginning of the assistant's turn
+  std::vector<ChatMessage> messages = {};
+  std::vector<std::string> tools = {};          // each a JSON object; printed into the prompt
+  bool tools_in_user_message = true;            // false: into the system turn instead of the first user turn
+  std::vector<std::string> builtin_tools = {};  // Llama 3.1: brave_search, wolfram_alpha, code_interpreter
+  std::string date = {};                        // "26 Jul 2024"; empty: ChatFormat::default_date
+  bool add_generation_prompt = true;            // ends with the beginning of the assistant's turn
 };
 
 // Today in the words of the templates, "%d %b %Y", local time. For callers of formats whose uses_today() is true.

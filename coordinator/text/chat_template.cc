@@ -4,6 +4,7 @@
 #include <cctype>
 
 #include "coordinator/text/cat.h"
+#include "coordinator/text/chat_json.h"
 
 namespace octet {
 namespace {
@@ -150,12 +151,12 @@ TemplateContents read_template(std::string_view source) {
 std::string first_unknown(const TemplateContents& contents, const std::set<std::string>& words,
                           const std::set<std::string>& literals) {
   for (const std::string& literal : contents.literals) {
-    if (!literals.contains(literal)) return cat("the text \"", literal, "\"");
+    if (!literals.contains(literal)) return cat("the text ", json_string_as_python(literal));
   }
   for (const std::string& word : contents.words) {
     if (!words.contains(word)) return cat("the word '", word, "'");
   }
-  return contents.printed.empty() ? "" : cat("the text \"", contents.printed, "\" between tags");
+  return contents.printed.empty() ? "" : cat("the text ", json_string_as_python(contents.printed), " between tags");
 }
 
 }  // namespace octet

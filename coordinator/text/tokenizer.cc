@@ -234,6 +234,11 @@ absl::StatusOr<Bpe> build_bpe(const TokenizerJson& file, const TokenTable& table
   return Bpe(std::move(vocabulary), *merges, *options);
 }
 
+// A member of what should be an object; null when it is none or has no such member.
+json member(const json& object, const std::string& name) {
+  return object.is_object() ? object.value(name, json()) : json();
+}
+
 // What the post-processor puts before and after the ids of a single text.
 struct Surroundings {
   std::vector<int32_t> before;
@@ -247,9 +252,8 @@ absl::Status read_template_piece(const json& piece, const json& special_tokens, 
     text_seen = true;
     return absl::OkStatus();
   }
-  const json name = piece.is_object() ? piece.value("SpecialToken", json()).value("id", json()) : json();
-  const json ids =
-      name.is_string() ? special_tokens.value(name.get<std::string>(), json::object()).value("ids", json()) : json();
+  const json name = member(member(piece, "SpecialToken"), "id");
+  const json ids = name.is_string() ? member(member(special_tokens, name.get<std::string>()), "ids") : json();
   if (!ids.is_array()) {
     return invalid(cat("post_processor TemplateProcessing: ", piece.dump(), " is not listed in special_tokens"));
   }
@@ -263,7 +267,7 @@ absl::Status read_template_piece(const json& piece, const json& special_tokens, 
 }
 
 absl::Status add_post_processor(const json& config, int32_t vocab_size, Surroundings& around) {
-  const json type = config.is_object() ? config.value("type", json()) : json();
+  const json type = member(config, "type");
   if (config.is_null() || type == "ByteLevel") return absl::OkStatus();  // ByteLevel only moves offsets
   if (type == "Sequence" && config.value("processors", json()).is_array()) {
     for (const json& step : config["processors"]) {
@@ -276,8 +280,8 @@ absl::Status add_post_processor(const json& config, int32_t vocab_size, Surround
     return unsupported(cat("post_processor ", type.dump(),
                            " is not supported, only ByteLevel, TemplateProcessing and a Sequence of those"));
   }
-  const json single = config.value("single", json());
-  const json special_tokens = config.value("special_tokens", json::object());
+  const json single = member(config, "single");
+  const json special_tokens = member(config, "special_tokens");
   if (!single.is_array() || !special_tokens.is_object()) {
     return invalid("post_processor TemplateProcessing: \"single\" must be a list and \"special_tokens\" an object");
   }
@@ -350,7 +354,8 @@ struct Tokenizer::Parts {
 absl::StatusOr<Tokenizer> Tokenizer::load(const std::string& model_directory) {
   const std::filesystem::path directory(model_directory);
   absl::StatusOr<std::string> tokenizer = read_file(directory / "tokenizer.json");
-  if (absl::IsNotFound(tokenizer.status()) && std::filesystem::exists(directory / "tokenizer.model")) {
+  std::error_code ignored;
+  if (absl::IsNotFound(tokenizer.status()) && std::filesystem::exists(directory / "tokenizer.model", ignored)) {
     return absl::FailedPreconditionError(
         cat(model_directory,
             " has a tokenizer.model but no tokenizer.json: use the model's Hugging Face files, or "

@@ -15,6 +15,7 @@ void linear(Stream& stream, const Activations& x, std::span<const LinearOutput> 
 void linear_over_slices(Stream& stream, const Activations& x, const Linear& weight, const SliceRun& run,
                         std::span<const int64_t> column_ends, const Tensor& partials);
 void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& residual);
+void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out);
 void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out);
 void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out);
 void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor& out);

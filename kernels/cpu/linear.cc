@@ -329,6 +329,20 @@ class LinearPass {
 
 }  // namespace
 
+namespace {
+
+// Pairs [begin, end) of one row, each to its group; zeros for a row that pads a panel.
+template <typename Pair>
+void scatter(const uint8_t* row, uint8_t* at, int group, int64_t begin, int64_t end) {
+  for (int64_t k = begin; k < end; ++k) {
+    Pair pair = 0;
+    if (row != nullptr) std::memcpy(&pair, row + k * sizeof(Pair), sizeof(Pair));
+    std::memcpy(at + k * group, &pair, sizeof(Pair));
+  }
+}
+
+}  // namespace
+
 void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight) {
   const int64_t pairs = weight.in_features / 2;
   const int64_t rows = raw.dim(0);
@@ -337,16 +351,20 @@ void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linea
   uint8_t* const packed = static_cast<uint8_t*>(weight.weight.data()) + first_row / kPanel * pairs * group;
   const uint8_t* const from = static_cast<const uint8_t*>(raw.data());
   const int64_t pair_bytes = 2 * size_of(weight.weight.dtype());
+  // Rows are scattered over a panel's groups: a few groups at a time, so that they stay in L1 until all rows are in.
+  constexpr int64_t kPackPairs = 64;
   stream.pool().parallel_for((rows + kPanel - 1) / kPanel, raw.bytes(), [&](int64_t panel, int) {
     uint8_t* const to = packed + panel * pairs * group;
-    for (int row = 0; row < kPanel; ++row) {
-      uint8_t* const at = to + (bf16 ? row * 4 : fp8_offset(row));
-      const int64_t source = panel * kPanel + row;
-      for (int64_t k = 0; k < pairs; ++k) {
-        if (source < rows) {
-          std::memcpy(at + k * group, from + (source * pairs + k) * pair_bytes, pair_bytes);
+    for (int64_t begin = 0; begin < pairs; begin += kPackPairs) {
+      const int64_t end = std::min(begin + kPackPairs, pairs);
+      for (int row = 0; row < kPanel; ++row) {
+        uint8_t* const at = to + (bf16 ? row * 4 : fp8_offset(row));
+        const int64_t source = panel * kPanel + row;
+        const uint8_t* const values = source < rows ? from + source * pairs * pair_bytes : nullptr;
+        if (bf16) {
+          scatter<uint32_t>(values, at, group, begin, end);
         } else {
-          std::memset(at + k * group, 0, pair_bytes);
+          scatter<uint16_t>(values, at, group, begin, end);
         }
       }
     }

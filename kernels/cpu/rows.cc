@@ -55,6 +55,29 @@ void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<cons
   });
 }
 
+// Only what crosses nodes comes here, and the wire is slower than any of these additions: one form serves every family,
+// for an addition's bits do not depend on how many are made at once.
+void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out) {
+  float* const to = out.as<float>();
+  for_spans(stream, 1, out.elements(), 1, [&](int64_t, int64_t begin, int64_t end) {
+    constexpr int kColumns = 64;
+    float stack[kMaxTreeDepth][kColumns];
+    for (int64_t at = begin; at < end; at += kColumns) {
+      const int64_t count = std::min<int64_t>(kColumns, end - at);
+      int depth = 0;
+      for (const int step : program) {
+        if (step >= 0) {
+          std::copy_n(pieces[step].as<float>() + at, count, stack[depth++]);
+          continue;
+        }
+        --depth;
+        for (int64_t i = 0; i < count; ++i) stack[depth - 1][i] += stack[depth][i];
+      }
+      std::copy_n(stack[0], count, to + at);
+    }
+  });
+}
+
 void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out) {
   const int64_t n = table.dim(1);
   const uint16_t* const from = table.as<uint16_t>();

@@ -27,7 +27,7 @@ void measure(const Row& row, const SliceRun& run, Communicator& communicator, St
   const Buffer partials(pieces * row.tokens * row.n * 4), residual(row.tokens * row.n * 2);
   const Tensor from = partials.tensor(DType::kF32, {pieces, row.tokens, row.n});
   const Tensor to = residual.tensor(DType::kBF16, {row.tokens, row.n});
-  const int64_t rounds = std::clamp<int64_t>(int64_t{400'000'000} / (row.tokens * row.n), 200, 50'000);
+  const int64_t rounds = std::clamp<int64_t>(int64_t{200'000'000} / (row.tokens * row.n), 50, 20'000);
   std::vector<double> microseconds(rounds);
   for (int64_t i = -rounds / 10; i < rounds; ++i) {
     const auto begin = std::chrono::steady_clock::now();

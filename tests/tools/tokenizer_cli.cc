@@ -2,7 +2,7 @@
 // tokenizers.
 //   encode, encode-special   a JSON string a line  -> ids, separated by spaces
 //   decode                   a JSON list of ids    -> the text, as a JSON string
-//   chat                     a JSON chat request   -> ids, or "error: ..."
+//   chat                     a JSON chat request   -> ids, or "error: ..."; tools and arguments are strings that hold JSON
 //   bench                    any text, all of it   -> load seconds, encode MB/s
 #include <chrono>
 #include <iostream>
@@ -33,10 +33,10 @@ ChatRequest read_request(const ordered_json& line) {
       turn.content = message["content"].get<std::string>();
     for (const ordered_json& call : message.value("tool_calls", ordered_json::array())) {
       turn.tool_calls.push_back(
-          {call.at("function").at("name").get<std::string>(), call["function"].at("arguments").dump()});
+          {call.at("function").at("name").get<std::string>(), call["function"].at("arguments").get<std::string>()});
     }
   }
-  for (const ordered_json& tool : line.value("tools", ordered_json::array())) request.tools.push_back(tool.dump());
+  request.tools = line.value("tools", std::vector<std::string>());
   request.builtin_tools = line.value("builtin_tools", std::vector<std::string>());
   request.tools_in_user_message = line.value("tools_in_user_message", true);
   request.date = line.value("date_string", "");

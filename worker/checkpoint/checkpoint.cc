@@ -129,6 +129,9 @@ struct Checkpoint::Impl {
   uint64_t digest = 0xCBF29CE484222325;
 
   absl::Status load(const std::string& path);
+  absl::Status read(const TensorInfo& tensor, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
+                    char* dst) const;
+  absl::StatusOr<std::vector<float>> read_f32(const TensorInfo& tensor) const;
 
  private:
   absl::Status read_configs();
@@ -155,12 +158,6 @@ struct Checkpoint::Impl {
     digest = fnv1a(bytes, digest);
   }
 
- public:
-  absl::Status read(const TensorInfo& tensor, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
-                    char* dst) const;
-  absl::StatusOr<std::vector<float>> read_f32(const TensorInfo& tensor) const;
-
- private:
   absl::Status read_strided(const TensorInfo& tensor, int64_t row_begin, int64_t row_end, int64_t col_begin,
                             int64_t col_end, char* dst) const;
   absl::Status check_values(const TensorInfo& tensor, int64_t row_begin, int64_t col_begin, int64_t columns,

@@ -52,22 +52,23 @@ class Checkpoint {
   const TensorInfo* find(std::string_view name) const;
   const std::map<std::string, TensorInfo, std::less<>>& tensors() const;
 
-  // `module` is a full path without ".weight": "model.layers.3.mlp.gate_proj".
+  // `module` is a full path without ".weight": "model.layers.3.mlp.gate_proj". "lm_head" of a tied model is its
+  // embedding. NOT_FOUND for what is no linear layer.
   absl::StatusOr<LinearFormat> linear_format(const std::string& module) const;
 
   // Copies rows [row_begin, row_end) x columns [col_begin, col_end) of a matrix (or a range of a vector: columns 0..1)
   // to dst, dense, in the file's dtype. Reads in large sequential requests and, for a strided range, keeps what it
-  // wants. Thread safe. DATA_LOSS when the file ends early, the e4m3 part holds NaN codes (0x7F, 0xFF), naming the
-  // tensor.
+  // wants. Thread safe. DATA_LOSS, naming file and tensor, when the file ends early, e4m3 values hold NaN codes (0x7F,
+  // 0xFF), or scales are not numbers from 0. REQUIRES: the range lies inside the tensor.
   absl::Status read(const TensorInfo& tensor, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
                     void* dst) const;
   // A whole tensor as FP32 (scales, norms; F32, BF16 or F16 in the file).
   absl::StatusOr<std::vector<float>> read_f32(const TensorInfo& tensor) const;
 
-  // What the checkpoint's files say, as a 64-bit digest of config.json and all tensor headers, file sizes included:
-  // ranks compare it at start so that no two serve different models.
+  // What the checkpoint's files say, as a 64-bit digest of config.json, all tensor headers, file sizes and a sample of
+  // each file's data: ranks compare it at start so that no two serve different models.
   uint64_t digest() const;
-  // "fbgemm_fp8", "compressed-tensors", "modelopt" or "none".
+  // "fbgemm_fp8", "compressed-tensors", "modelopt", "fp8" (one scale per tensor) or "none".
   const std::string& quant_method() const;
   // Remarks for the log: ignore lists that disagree with dtypes, F16/F32 weights that will be rounded to BF16, ...
   const std::vector<std::string>& warnings() const;

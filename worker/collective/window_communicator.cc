@@ -15,7 +15,8 @@ namespace {
 
 // Parts begin at multiples of this many elements: whole cache lines, of FP32 and of BF16.
 constexpr int64_t kGrain = 32;
-// Up to here every rank finishes the whole message itself: one barrier less costs more than the arithmetic.
+// Up to so many elements, counted over the ranks of a node, each rank finishes the whole message itself: what it reads
+// more costs less than the second barrier of dividing the work.
 constexpr int64_t kOneShotElements = 4096;
 
 constexpr int64_t align_down(int64_t value, int64_t to) { return value / to * to; }
@@ -183,11 +184,12 @@ void WindowCommunicator::reduce_over_slices(Stream& stream, const Tensor& partia
   OCTET_CHECK(partials.shape().rank() == 3 && partials.dim(0) == pieces_of_rank_[rank_] &&
                   partials.dim(1) * partials.dim(2) == residual.elements(),
               "partials " + partials.shape().to_string() + " do not fit residual " + residual.shape().to_string());
+  const int64_t local_ranks = std::ssize(local_ranks_);
   const Reduction reduction{.stream = stream,
                             .partials = partials.as<float>(),
                             .residual = residual.as<uint16_t>(),
                             .elements = residual.elements(),
-                            .divided = local_ranks_.size() > 1 && residual.elements() > kOneShotElements};
+                            .divided = local_ranks > 1 && residual.elements() * local_ranks > kOneShotElements};
   Part before;
   for (int64_t begin = 0; begin < reduction.elements || before.size() > 0;) {
     const Part chunk{begin, std::min(begin + chunk_elements_, reduction.elements)};

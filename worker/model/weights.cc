@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/fp8.h"
+#include "worker/checkpoint/half.h"
 
 namespace octet {
 namespace {
@@ -72,17 +73,19 @@ absl::StatusOr<Placement> place(const Checkpoint& checkpoint, const ShardSpec& s
     feed_forward("down_proj", &layer.down_proj, all, shard.ffn());
   }
   placement.norms.push_back({"model.norm.weight", &weights->norm});
-  placement.linears.push_back({config.tie_word_embeddings ? "model.embed_tokens" : "lm_head",
-                               &weights->lm_head,
-                               &WeightBytes::lm_head,
-                               shard.vocab(),
-                               all,
-                               {}});
   for (PlacedLinear& linear : placement.linears) {
     absl::StatusOr<LinearFormat> format = checkpoint.linear_format(linear.module);
     if (!format.ok()) return format.status();
     linear.format = *format;
   }
+  // The head is stored unquantised, and when tied under the embedding's name.
+  const char* head = config.tie_word_embeddings ? "model.embed_tokens" : "lm_head";
+  placement.linears.push_back({head,
+                               &weights->lm_head,
+                               &WeightBytes::lm_head,
+                               shard.vocab(),
+                               all,
+                               {.weight = checkpoint.find(absl::StrCat(head, ".weight"))}});
   return placement;
 }
 
@@ -172,7 +175,7 @@ class Loader {
     converted_.resize(raw.elements());
     for (int64_t i = 0; i < raw.elements(); ++i) {
       converted_[i] =
-          bf16_from_float(raw.dtype() == DType::kF32 ? raw.as<float>()[i] : float_from_f16(raw.as<uint16_t>()[i]));
+          float_to_bf16(raw.dtype() == DType::kF32 ? raw.as<float>()[i] : f16_to_float(raw.as<uint16_t>()[i]));
     }
     return Tensor(converted_.data(), DType::kBF16, raw.shape());
   }

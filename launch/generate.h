@@ -1,0 +1,49 @@
+// octet generate: asks a server and streams the answer to stdout. The reference client: whatever it can do, any gRPC
+// client can. Invariant: when it ends early (Ctrl-C, --timeout, a broken pipe) the server is told to stop too.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace CLI {
+class App;
+}
+
+namespace octet {
+
+struct GenerateOptions {
+  std::string address = "127.0.0.1:50051";
+  std::string address_file;  // wins over address
+  std::string token_file;
+  double wait_seconds = 0;                // for a server that is starting or loading
+  std::optional<double> timeout_seconds;  // for the whole answer
+
+  // Exactly one input.
+  std::optional<std::string> prompt;
+  bool chat = false;
+  std::optional<std::string> message;  // with chat
+  std::optional<std::string> system;   // with chat
+  std::vector<int32_t> token_ids;
+
+  // Absent: the server's defaults, which are the model's.
+  std::optional<int32_t> max_tokens, top_k, logprobs;
+  std::optional<float> temperature, top_p, min_p;
+  std::optional<uint64_t> seed;
+  std::vector<std::string> stop;
+  std::vector<int32_t> stop_token_ids;
+  bool ignore_eos = false;
+  bool parse_special = false;
+
+  bool json = false;
+};
+
+// Adds the sub-command; parsing fills *options, which outlives the app.
+CLI::App* add_generate_command(CLI::App& app, GenerateOptions* options);
+
+// Returns the exit code: 0, 1 after a sentence on stderr, 130 after Ctrl-C (143 after SIGTERM). Not for two threads at
+// once.
+int run_generate(const GenerateOptions& options);
+
+}  // namespace octet

@@ -1,0 +1,50 @@
+#include "launch/options.h"
+
+#include <map>
+
+namespace octet {
+
+void add_runtime_options(CLI::App& command, RuntimeOptions* options) {
+  command
+      .add_option("--model", options->model,
+                  "Checkpoint: a Hugging Face directory with safetensors (see octet inspect)")
+      ->required();
+  command.add_option("--threads", options->threads, "Threads of each rank [its share of the available cores]")
+      ->check(CLI::Range(1, 1024));
+  command
+      .add_option_function<std::string>(
+          "--isa",
+          [options](const std::string& name) {
+            const std::map<std::string, Isa> names = {
+                {"auto", best_isa()}, {"portable", Isa::kPortable}, {"avx2", Isa::kAvx2}, {"avx512", Isa::kAvx512}};
+            options->isa = names.at(name);
+            if (!runs_here(options->isa)) throw CLI::ValidationError("--isa", name + " does not run on this machine");
+          },
+          "Instruction family of the CPU kernels; all give equal bits [auto]")
+      ->check(CLI::IsMember({"auto", "portable", "avx2", "avx512"}));
+  command
+      .add_option_function<std::string>(
+          "--activations",
+          [options](const std::string& name) {
+            options->activations = name == "fp8" ? ActivationMode::kFP8 : ActivationMode::kBF16;
+          },
+          "Inputs of FP8 layers: bf16 (W8A16), or fp8 as the checkpoint's recipe says (W8A8) [bf16: exacter, and as "
+          "fast "
+          "on a CPU]")
+      ->check(CLI::IsMember({"bf16", "fp8"}));
+  command
+      .add_option("--kv-memory", options->memory.kv_memory_bytes,
+                  "KV cache of each rank in bytes, or 512MiB, 20GiB [room for " + std::to_string(kDefaultContexts) +
+                      " whole contexts where memory allows]")
+      ->transform(CLI::AsSizeValue(false));
+  command.add_option("--max-context", options->memory.max_context,
+                     "Longest sequence in tokens, prompt and answer [the model's, or what the cache holds]");
+  command.add_option("--max-sequences", options->memory.max_sequences, "Sequences that run at once")
+      ->capture_default_str();
+  command
+      .add_option("--max-step-tokens", options->memory.max_step_tokens,
+                  "Tokens of one step: more fill the kernels better, fewer keep the gap between streamed tokens short")
+      ->capture_default_str();
+}
+
+}  // namespace octet

@@ -1,0 +1,27 @@
+// The flags that more than one command takes, each with its default and its reason. Everyone else receives the value.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include <CLI/CLI.hpp>
+
+#include "kernels/memory.h"
+#include "worker/memory_plan.h"
+#include "worker/model/weights.h"
+
+namespace octet {
+
+// What a rank computes with and how much it may hold.
+struct RuntimeOptions {
+  std::string model;
+  std::optional<int> threads;  // of each rank; default: the cores available, divided among the ranks on this machine
+  Isa isa = best_isa();
+  ActivationMode activations = ActivationMode::kBF16;
+  MemoryOptions memory;
+};
+
+void add_runtime_options(CLI::App& command, RuntimeOptions* options);
+
+}  // namespace octet
