@@ -41,7 +41,8 @@ int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features);
 constexpr int64_t kPanelRows = 32;
 
 // Packs rows [first_row, first_row + raw.dim(0)) of a weight matrix. raw is [rows, in_features], BF16 or F8_E4M3, the
-// dtype of weight.weight. REQUIRES: first_row is a multiple of kPanelRows, and raw ends on one or at out_features.
+// dtype of weight.weight. REQUIRES: first_row is a multiple of kPanelRows, and raw ends on one or at out_features; raw has
+// no e4m3 NaN codes (reading a checkpoint refuses them: the families decode them differently).
 void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight);
 
 // A linear layer's input: BF16 values, or e4m3 codes with one scale per token and column group.

@@ -1,7 +1,7 @@
 // Shares of what the machine can do: linear layers against a read of the same weights and a loop of dots from
 // registers, each measured in turn with the work, medians over the rounds. Not a test: nothing here passes or fails.
 //
-//   kernel_bench [--megabytes N] [--rounds N]
+//   kernel_bench [--megabytes N] [--rounds N] [--isa avx512|avx2]
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
