@@ -20,7 +20,7 @@ void add_runtime_options(CLI::App& command, RuntimeOptions* options) {
             options->isa = names.at(name);
             if (!runs_here(options->isa)) throw CLI::ValidationError("--isa", name + " does not run on this machine");
           },
-          "Instruction family of the CPU kernels; all give equal bits [auto]")
+          "Instruction family of the CPU kernels; avx2 and avx512 give equal bits [auto]")
       ->check(CLI::IsMember({"auto", "portable", "avx2", "avx512"}));
   command
       .add_option_function<std::string>(

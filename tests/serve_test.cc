@@ -120,7 +120,7 @@ void expect_one_answer(const std::string& model, const std::vector<Cell>& cells,
 TEST(Serve, GivesOneAnswerOnAnyRanksAndNodesOfAnEightSliceModel) {
   const RandomModel model{.format = RandomFormat::kFbgemm};
   expect_one_answer(write_random_model(model),
-                    {{2, ""}, {3, "2+1"}, {5, ""}, {8, ""}, {8, "3+5"}, {8, "3+3+2"}, {2, "", 2}},
+                    {{2, ""}, {3, ""}, {3, "2+1"}, {5, ""}, {8, ""}, {8, "3+5"}, {8, "3+3+2"}, {2, "", 2}},
                     prompts(model.vocab_size, {1, 2, 17, 255, 256, 257, 1000, 2000}));
 }
 
