@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -193,7 +194,9 @@ class Rank {
     RpcWorkerGroupOptions options{.ranks = job_.size(),
                                   .job_secret = absl::BytesToHexString(job_.job_secret()),
                                   .remote_ranks = job_.local_size() < job_.size(),
-                                  .host = host_name()};
+                                  .host = host_name(),
+                                  .on_failure = [this](const absl::Status& cause) { fail(cause); }};
+    drain_event = eventfd(0, EFD_CLOEXEC);
     absl::StatusOr<std::unique_ptr<RpcWorkerGroup>> group =
         RpcWorkerGroup::listen(options, [this](const StepPlan& plan) { return worker_->run(plan); });
     if (!group.ok()) return group.status();
@@ -215,15 +218,10 @@ class Rank {
     if (absl::Status status = group_->wait_for_ranks(absl::Seconds(60)); !status.ok()) return status;
     if (absl::Status status = warm_up(); !status.ok()) return status;
 
-    drain_event = eventfd(0, EFD_CLOEXEC);
     on_drain_signals(on_drain_signal);
-    absl::Status failure;
     std::optional<Engine> engine;
     engine.emplace(EngineOptions{.limits = plan_->limits, .max_waiting = options_.max_waiting}, group_.get(),
-                   [&failure](const absl::Status& cause) {
-                     failure = cause;
-                     on_drain_signal(0);
-                   });
+                   [this](const absl::Status& cause) { fail(cause); });
     model_->limits = plan_->limits;
     const ServerFacts facts{
         .version = kVersion,
@@ -239,9 +237,9 @@ class Rank {
     uint64_t events = 0;
     while (read(drain_event, &events, sizeof events) < 0) {
     }
-    if (!failure.ok()) {
-      server_->shutdown(failure, absl::Seconds(1));
-      end_process(0, failure);  // the engine's end would wait for a step that may never end
+    if (const absl::Status cause = failure(); !cause.ok()) {
+      server_->shutdown(cause, absl::Seconds(1));
+      end_process(0, cause);  // the engine's end would wait for a step that may never end
     }
     log("draining");
     server_->drain();
@@ -253,6 +251,21 @@ class Rank {
     group_.reset();
     log("drained");
     return absl::OkStatus();
+  }
+
+  // Any thread, any number of times: the group is dead, idle or not. The first cause counts; the main thread does the
+  // rest.
+  void fail(const absl::Status& cause) {
+    {
+      std::lock_guard lock(failure_mutex_);
+      if (failure_.ok()) failure_ = cause;
+    }
+    on_drain_signal(0);
+  }
+
+  absl::Status failure() {
+    std::lock_guard lock(failure_mutex_);
+    return failure_;
   }
 
   // One step on all ranks before the first client is let in: what serves has been seen to work.
@@ -280,6 +293,8 @@ class Rank {
   std::optional<Worker> worker_;
   int threads_ = 1;
   // Rank 0 only.
+  std::mutex failure_mutex_;
+  absl::Status failure_;
   std::shared_ptr<ServedModel> model_;
   std::unique_ptr<Server> server_;
   std::unique_ptr<RpcWorkerGroup> group_;
