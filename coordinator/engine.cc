@@ -212,6 +212,8 @@ void Engine::cancel(RequestId id) {
   impl_->work.notify_one();
 }
 
+void Engine::cancel(RequestId id, uint32_t) { cancel(id); }
+
 void Engine::drain() {
   const std::lock_guard lock(impl_->mutex);
   impl_->draining = true;

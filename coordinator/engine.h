@@ -14,9 +14,38 @@
 
 namespace octet {
 
+// How an output went, for metrics and logs. Times are seconds since its request was submitted.
+struct OutputReport {
+  RequestId request = 0;
+  uint32_t output_index = 0;
+  FinishReason finish = FinishReason::kNone;
+  int32_t prompt_tokens = 0, cached_tokens = 0, completion_tokens = 0;
+  double queue_seconds = 0;        // until it was first admitted; all of it if it never was
+  double first_token_seconds = 0;  // 0: it has none
+  double total_seconds = 0;
+};
+
+struct StepReport {
+  double seconds = 0;      // from one step's result to the next one's, or from submit() when nothing ran before
+  double gap_seconds = 0;  // of them, rank 0's worker had no plan to run
+  int32_t prompt_tokens = 0, sampled_tokens = 0, sequences = 0;
+  const StepResult* result = nullptr;  // valid during the call; timings by rank
+};
+
+// Told what happens. Called on the engine thread: must return at once.
+class EngineObserver {
+ public:
+  virtual ~EngineObserver() = default;
+  virtual void on_step(const StepReport& report) = 0;
+  virtual void on_token(double seconds_since_previous) = 0;  // an output's second and later tokens
+  virtual void on_output_end(const OutputReport& report) = 0;
+};
+
 struct EngineOptions {
   WorkerLimits limits;
-  int32_t max_waiting = 1024;  // requests queued beyond this are refused
+  int32_t max_waiting = 1024;          // outputs queued beyond this are refused
+  bool prefix_cache = true;
+  EngineObserver* observer = nullptr;  // outlives the engine; null: nobody
 };
 
 // Where a request's events go. Called on the engine thread: must return at once and may call the engine back only
@@ -28,9 +57,12 @@ class RequestSink {
 };
 
 struct EngineStats {
-  int32_t waiting = 0, running = 0;
+  int32_t waiting = 0, running = 0;  // outputs
   int32_t blocks_total = 0, blocks_free = 0;
+  int32_t blocks_cached = 0;  // of the free ones: they hold prefixes that may be needed again
   uint64_t steps = 0, prompt_tokens = 0, generated_tokens = 0;
+  uint64_t cached_prompt_tokens = 0;  // that the prefix cache saved
+  uint64_t preemptions = 0;
 };
 
 class Engine {
@@ -51,8 +83,9 @@ class Engine {
   // or failed, with the cause. A refused request's sink gets nothing.
   absl::StatusOr<RequestId> submit(Request request, std::shared_ptr<RequestSink> sink);
 
-  // Any thread; never blocks. Unknown ids are ignored.
+  // Any thread; never blocks. Ends the request, or one output of it. Unknown ids are ignored.
   void cancel(RequestId id);
+  void cancel(RequestId id, uint32_t output_index);
 
   // Any thread. Stops admitting; existing requests go on.
   void drain();

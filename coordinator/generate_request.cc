@@ -191,8 +191,8 @@ absl::StatusOr<AcceptedRequest> accept_request(const v1::GenerateRequest& reques
   accepted.request.prompt = *std::move(ids);
   const v1::StoppingParams& stopping = request.stopping();
   if (stopping.has_max_tokens()) accepted.request.max_tokens = stopping.max_tokens();
-  accepted.request.min_tokens = stopping.min_tokens();
-  accepted.request.end_token_ids = end_token_ids(request, model);
+  sampling.min_tokens = stopping.min_tokens();
+  sampling.end_token_ids = end_token_ids(request, model);
   accepted.stop.assign(stopping.stop().begin(), stopping.stop().end());
   accepted.include_stop = stopping.include_stop();
   accepted.logprobs = request.has_logprobs();

@@ -62,12 +62,12 @@ absl::Status validate_lengths(const Request& request, const WorkerLimits& limits
     return absl::InvalidArgumentError(absl::StrCat("max_tokens is ", *request.max_tokens,
                                                    ": give at least 1, or leave it out for the rest of the context"));
   }
-  if (request.min_tokens < 0) {
+  if (request.sampling.min_tokens < 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat("min_tokens is ", request.min_tokens, ": give 0 or a positive number"));
+        absl::StrCat("min_tokens is ", request.sampling.min_tokens, ": give 0 or a positive number"));
   }
-  if (request.max_tokens.has_value() && request.min_tokens > *request.max_tokens) {
-    return absl::InvalidArgumentError(absl::StrCat("min_tokens is ", request.min_tokens,
+  if (request.max_tokens.has_value() && request.sampling.min_tokens > *request.max_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("min_tokens is ", request.sampling.min_tokens,
                                                    ", more than max_tokens, which is ", *request.max_tokens,
                                                    ": lower the one or raise the other"));
   }
@@ -78,9 +78,9 @@ absl::Status validate_lengths(const Request& request, const WorkerLimits& limits
                                               " and one must be left for the answer: shorten the prompt to ",
                                               limits.max_context - 1, " tokens or raise --max-context"));
   }
-  if (request.min_tokens > limits.max_context - prompt_tokens) {
+  if (request.sampling.min_tokens > limits.max_context - prompt_tokens) {
     return absl::OutOfRangeError(
-        absl::StrCat("min_tokens is ", request.min_tokens, ", but the context of ", limits.max_context,
+        absl::StrCat("min_tokens is ", request.sampling.min_tokens, ", but the context of ", limits.max_context,
                      " tokens has room for ", limits.max_context - prompt_tokens,
                      " after the prompt: lower min_tokens, shorten the prompt or raise --max-context"));
   }
@@ -137,7 +137,7 @@ absl::Status Scheduler::validate(const Request& request, const WorkerLimits& lim
   if (absl::Status status = validate_lengths(request, limits); !status.ok()) return status;
   if (absl::Status status = validate_tokens(request.prompt, "prompt token", limits.vocab_size); !status.ok())
     return status;
-  if (absl::Status status = validate_tokens(request.end_token_ids, "end token", limits.vocab_size); !status.ok()) {
+  if (absl::Status status = validate_tokens(request.sampling.end_token_ids, "end token", limits.vocab_size); !status.ok()) {
     return status;
   }
   if (absl::Status status = validate_sampling(request.sampling, limits); !status.ok()) return status;
@@ -146,7 +146,7 @@ absl::Status Scheduler::validate(const Request& request, const WorkerLimits& lim
 
 void Scheduler::add(Request request) {
   // Sorted, because every sampled token is looked up in it.
-  std::sort(request.end_token_ids.begin(), request.end_token_ids.end());
+  std::sort(request.sampling.end_token_ids.begin(), request.sampling.end_token_ids.end());
   waiting_.push_back(std::move(request));
 }
 
@@ -233,9 +233,9 @@ void Scheduler::run_chunk(int32_t slot, int32_t* budget, StepPlan* plan) {
 
   const int32_t blocks = (sequence.computed + tokens + limits_.block_tokens - 1) / limits_.block_tokens;
   if (blocks > sequence.blocks_told) {
-    plan->blocks.push_back(
-        {.slot = slot, .blocks = {sequence.blocks.begin() + sequence.blocks_told, sequence.blocks.begin() + blocks}});
-    sequence.blocks_told = blocks;
+    for (; sequence.blocks_told < blocks; ++sequence.blocks_told) {
+      plan->blocks.push_back({.slot = slot, .block = sequence.blocks[sequence.blocks_told]});
+    }
   }
 }
 
@@ -264,8 +264,8 @@ TokenEvent Scheduler::take_token(int32_t slot, const SampledToken& sampled) {
   ++sequence.completion_tokens;
 
   const bool ends =
-      sequence.completion_tokens > request.min_tokens &&
-      std::binary_search(request.end_token_ids.begin(), request.end_token_ids.end(), sampled.chosen.token);
+      sequence.completion_tokens > request.sampling.min_tokens &&
+      std::binary_search(request.sampling.end_token_ids.begin(), request.sampling.end_token_ids.end(), sampled.chosen.token);
   const FinishReason reason = ends                                                ? FinishReason::kEndToken
                               : sequence.completion_tokens == sequence.max_tokens ? FinishReason::kLength
                                                                                   : FinishReason::kNone;

@@ -64,11 +64,9 @@ class Runner {
     open_ = true;
     position_ = tokens;
     plan.open = {{.slot = 0}};
-    SlotBlocks blocks{.slot = 0};
     const int32_t needed =
         std::min(limits_.blocks, (limits_.max_context + limits_.block_tokens - 1) / limits_.block_tokens);
-    for (int32_t block = 0; block < needed; ++block) blocks.blocks.push_back(block);
-    plan.blocks = {blocks};
+    for (int32_t block = 0; block < needed; ++block) plan.blocks.push_back({.slot = 0, .block = block});
     SlotTokens run{.slot = 0, .sample = true};
     for (int i = 0; i < tokens; ++i) run.tokens.push_back((i * 7919 + 13) % limits_.vocab_size);
     plan.run = {run};

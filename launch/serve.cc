@@ -272,7 +272,7 @@ class Rank {
   absl::Status warm_up() {
     StepPlan plan;
     plan.open = {{.slot = 0}};
-    plan.blocks = {{.slot = 0, .blocks = {0}}};
+    plan.blocks = {{.slot = 0, .block = 0}};
     plan.run = {{.slot = 0, .tokens = {0}, .sample = true}};
     absl::StatusOr<StepResult> result = group_->run(plan);
     if (!result.ok()) return result.status();

@@ -42,10 +42,10 @@ inline Outcome expected_outcome(const Request& request, const WorkerLimits& limi
     outcome.tokens.push_back(token);
     history = mix(history, token);
     const auto count = static_cast<int32_t>(outcome.tokens.size());
-    const bool is_end = std::count(request.end_token_ids.begin(), request.end_token_ids.end(), token) > 0;
+    const bool is_end = std::count(request.sampling.end_token_ids.begin(), request.sampling.end_token_ids.end(), token) > 0;
     const bool asked_length = request.max_tokens.has_value() && count == *request.max_tokens;
     const bool full = count + static_cast<int32_t>(request.prompt.size()) == limits.max_context;
-    if (is_end && count > request.min_tokens) {
+    if (is_end && count > request.sampling.min_tokens) {
       outcome.finish = FinishReason::kEndToken;
     } else if (asked_length || full) {
       outcome.finish = FinishReason::kLength;
@@ -73,7 +73,7 @@ class FakeWorker {
     expect(plan.token_count() <= limits_.max_step_tokens, "a plan keeps to the token budget");
     for (const int32_t slot : plan.close) close(slot);
     for (const SlotOpen& open : plan.open) this->open(open);
-    for (const SlotBlocks& blocks : plan.blocks) append(blocks);
+    for (const SlotBlock& more : plan.blocks) append(more);
     std::set<int32_t> seen;
     for (const SlotTokens& run : plan.run) {
       expect(seen.insert(run.slot).second, "a slot runs once in a step");
@@ -132,17 +132,14 @@ class FakeWorker {
     slot->sampling = open.sampling;
   }
 
-  void append(const SlotBlocks& append) {
-    Slot* slot = find(append.slot);
+  void append(const SlotBlock& more) {
+    Slot* slot = find(more.slot);
     if (slot == nullptr) return;
     expect(slot->open, "only open slots get blocks");
-    expect(!append.blocks.empty(), "a list of new blocks is not empty");
-    for (const int32_t block : append.blocks) {
-      if (block < 0 || block >= limits_.blocks) return expect(false, "blocks exist");
-      expect(block_owner_[block] == kNobody, "a block belongs to one slot");
-      block_owner_[block] = append.slot;
-      slot->blocks.push_back(block);
-    }
+    if (more.block < 0 || more.block >= limits_.blocks) return expect(false, "blocks exist");
+    expect(block_owner_[more.block] == kNobody, "a block belongs to one slot");
+    block_owner_[more.block] = more.slot;
+    slot->blocks.push_back(more.block);
   }
 
   uint64_t& cached(const Slot& slot, int32_t position) {

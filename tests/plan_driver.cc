@@ -96,13 +96,11 @@ class Driver {
   void grow_blocks(int32_t i, StepPlan* plan) {
     State& state = states_[i];
     const size_t needed = (state.position + limits_.block_tokens - 1) / limits_.block_tokens;
-    SlotBlocks more{.slot = i, .blocks = {}};
     for (; state.blocks.size() < needed && !free_blocks_.empty(); free_blocks_.pop_back()) {
       state.blocks.push_back(free_blocks_.back());
-      more.blocks.push_back(free_blocks_.back());
+      plan->blocks.push_back({.slot = i, .block = free_blocks_.back()});
     }
     EXPECT_EQ(state.blocks.size(), needed) << "the test asks for more cache than there is";
-    if (!more.blocks.empty()) plan->blocks.push_back(std::move(more));
   }
 
   WorkerGroup& group_;
@@ -133,9 +131,8 @@ std::vector<SampledToken> teacher_forced(WorkerGroup& group, const WorkerLimits&
       StepPlan plan;
       if (position == 0) {
         plan.open = {{.slot = 0, .sampling = {.top_logprobs = top_logprobs}}};
-        plan.blocks = {{.slot = 0, .blocks = {}}};
         const auto blocks = (sequence.size() + limits.block_tokens - 1) / limits.block_tokens;
-        for (size_t block = 0; block < blocks; ++block) plan.blocks[0].blocks.push_back(static_cast<int32_t>(block));
+        for (size_t block = 0; block < blocks; ++block) plan.blocks.push_back({.block = static_cast<int32_t>(block)});
       }
       SlotTokens run{.slot = 0, .position = position};
       run.tokens.assign(sequence.begin() + position, sequence.begin() + position + count);

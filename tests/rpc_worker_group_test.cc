@@ -38,7 +38,7 @@ StepPlan plan_of(uint64_t step) {
   return {.step = step,
           .close = {},
           .open = {{.slot = 0, .sampling = {}}},
-          .blocks = {{.slot = 0, .blocks = {1, 2}}},
+          .blocks = {{.slot = 0, .block = 1}, {.slot = 0, .block = 2}},
           .run = {{.slot = 0,
                    .position = static_cast<int32_t>(step),
                    .tokens = {1, 2, 3},

@@ -97,9 +97,9 @@ class Simulation {
     for (int32_t& token : request.prompt) token = random_.between(0, limits_.vocab_size - 1);
     request.sampling.seed = next_id_;  // by which the model knows who was given a slot
     if (!random_.one_in(5)) request.max_tokens = random_.between(1, 40);
-    if (random_.one_in(3)) request.min_tokens = random_.between(0, 6);
+    if (random_.one_in(3)) request.sampling.min_tokens = random_.between(0, 6);
     for (int n = random_.between(0, 3); n > 0; --n) {
-      request.end_token_ids.push_back(random_.between(0, limits_.vocab_size - 1));
+      request.sampling.end_token_ids.push_back(random_.between(0, limits_.vocab_size - 1));
     }
     if (!Scheduler::validate(request, limits_).ok()) {
       ++refused_;

@@ -113,13 +113,13 @@ TEST(Scheduler, RefusesWhatCanNeverRun) {
       {"id beyond the vocabulary", [](Request* r) { r->prompt[1] = 100; }, kInvalid, "prompt token 1 is 100"},
       {"end token beyond the vocabulary",
        [](Request* r) {
-         r->end_token_ids = {5, 100};
+         r->sampling.end_token_ids = {5, 100};
        },
        kInvalid, "end token 1 is 100"},
       {"no tokens wanted", [](Request* r) { r->max_tokens = 0; }, kInvalid, "max_tokens is 0"},
       {"negative max_tokens", [](Request* r) { r->max_tokens = -5; }, kInvalid, "max_tokens is -5"},
-      {"negative min_tokens", [](Request* r) { r->min_tokens = -1; }, kInvalid, "min_tokens is -1"},
-      {"min over max", [](Request* r) { r->min_tokens = 6; }, kInvalid,
+      {"negative min_tokens", [](Request* r) { r->sampling.min_tokens = -1; }, kInvalid, "min_tokens is -1"},
+      {"min over max", [](Request* r) { r->sampling.min_tokens = 6; }, kInvalid,
        "min_tokens is 6, more than max_tokens, which is 5"},
       {"NaN temperature", [=](Request* r) { r->sampling.temperature = nan; }, kInvalid, "temperature"},
       {"infinite temperature", [=](Request* r) { r->sampling.temperature = infinity; }, kInvalid, "temperature"},
@@ -138,7 +138,7 @@ TEST(Scheduler, RefusesWhatCanNeverRun) {
       {"min_tokens beyond the context",
        [](Request* r) {
          r->max_tokens.reset();
-         r->min_tokens = 62;
+         r->sampling.min_tokens = 62;
        },
        kRange, "room for 61 after the prompt"},
   };
@@ -193,7 +193,7 @@ TEST(Scheduler, OpensASlotRunsThePromptThenDecodesThenCloses) {
   house.add(request);
   ASSERT_TRUE(house.step());
   EXPECT_THAT(house.plan.open, ElementsAre(SlotOpen{.slot = 0, .sampling = request.sampling}));
-  EXPECT_THAT(house.plan.blocks, ElementsAre(SlotBlocks{.slot = 0, .blocks = {0}}));
+  EXPECT_THAT(house.plan.blocks, ElementsAre(SlotBlock{.slot = 0, .block = 0}));
   EXPECT_THAT(house.plan.run,
               ElementsAre(SlotTokens{.slot = 0, .position = 0, .tokens = request.prompt, .sample = true}));
   ASSERT_TRUE(house.step());
@@ -262,9 +262,7 @@ TEST(Scheduler, AppendsBlocksAsPositionsNeedThem) {
   house.add(make_request(1, 9, 8));  // positions 0..15: 4 blocks of 4
   std::vector<size_t> blocks_told;
   while (house.step()) {
-    size_t told = 0;
-    for (const SlotBlocks& blocks : house.plan.blocks) told += blocks.blocks.size();
-    blocks_told.push_back(told);
+    blocks_told.push_back(house.plan.blocks.size());
   }
   // Chunks 8 and 1, decodes at 9..15, then the close.
   EXPECT_THAT(blocks_told, ElementsAre(2, 1, 0, 0, 0, 1, 0, 0, 0, 0));
@@ -340,7 +338,7 @@ TEST(Scheduler, EndsWithTheEndTokenAndReportsIt) {
   const WorkerLimits limits = small_limits();
   Request request = make_request(1, 3, 10);
   const std::vector<int32_t> free_running = expected_outcome(request, limits).tokens;
-  request.end_token_ids = {99, free_running[4], 0};
+  request.sampling.end_token_ids = {99, free_running[4], 0};
   const Outcome outcome = expected_outcome(request, limits);
   House house(limits);
   house.add(request);
@@ -358,8 +356,8 @@ TEST(Scheduler, TheFirstMinTokensDoNotEndTheOutput) {
   Request request = make_request(1, 3, 10);
   const std::vector<int32_t> tokens = expected_outcome(request, limits).tokens;
   for (int32_t min_tokens = 0; min_tokens <= 10; ++min_tokens) {
-    request.end_token_ids = tokens;  // every token is an end token
-    request.min_tokens = min_tokens;
+    request.sampling.end_token_ids = tokens;  // every token is an end token
+    request.sampling.min_tokens = min_tokens;
     House house(limits);
     house.add(request);
     house.run_to_end();

@@ -27,7 +27,7 @@ class PlanMaker {
     plan.open.resize(below(4));
     for (SlotOpen& open : plan.open) open = {.slot = index(), .sampling = sampling()};
     plan.blocks.resize(below(4));
-    for (SlotBlocks& blocks : plan.blocks) blocks = {.slot = index(), .blocks = indices(40)};
+    for (SlotBlock& more : plan.blocks) more = {.slot = index(), .block = index()};
     plan.run.resize(below(4));
     for (SlotTokens& run : plan.run) {
       run = {.slot = index(),
@@ -145,8 +145,9 @@ TEST(StepWire, RefusesWhatAPlanMustNotSayAndNamesIt) {
       {"sampling.top_k", [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_top_k(-1); }},
       {"sampling.top_logprobs",
        [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_top_logprobs(-1); }},
-      {"blocks.slot", [](wire_v1::Plan* plan) { plan->mutable_blocks(0)->set_slot(-1); }},
-      {"blocks.blocks", [](wire_v1::Plan* plan) { plan->mutable_blocks(0)->set_blocks(0, -7); }},
+      {"block_slots", [](wire_v1::Plan* plan) { plan->set_block_slots(0, -1); }},
+      {"blocks", [](wire_v1::Plan* plan) { plan->set_blocks(0, -7); }},
+      {"blocks", [](wire_v1::Plan* plan) { plan->add_blocks(3); }},
       {"run.slot", [](wire_v1::Plan* plan) { plan->mutable_run(0)->set_slot(-1); }},
       {"run.position", [](wire_v1::Plan* plan) { plan->mutable_run(0)->set_position(-1); }},
       {"run.position",
@@ -158,7 +159,7 @@ TEST(StepWire, RefusesWhatAPlanMustNotSayAndNamesIt) {
   StepPlan good{.step = 7,
                 .close = {1},
                 .open = {{.slot = 1, .sampling = {}}},
-                .blocks = {{.slot = 1, .blocks = {4, 5}}},
+                .blocks = {{.slot = 1, .block = 4}, {.slot = 1, .block = 5}},
                 .run = {{.slot = 1, .position = 0, .tokens = {10, 11}, .from_last_sample = false, .sample = true}},
                 .stop = false};
   for (const Hostile& hostile : cases) {

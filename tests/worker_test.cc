@@ -37,10 +37,10 @@ class WorkerTest : public testing::Test {
   uint64_t step_ = 0;
 };
 
-StepPlan opened(int32_t slot, std::vector<int32_t> blocks, SlotTokens run) {
+StepPlan opened(int32_t slot, const std::vector<int32_t>& blocks, SlotTokens run) {
   StepPlan plan;
   plan.open = {{.slot = slot, .sampling = {}}};
-  plan.blocks = {{.slot = slot, .blocks = std::move(blocks)}};
+  for (const int32_t block : blocks) plan.blocks.push_back({.slot = slot, .block = block});
   plan.run = {std::move(run)};
   return plan;
 }

@@ -107,10 +107,9 @@ void encode(const StepPlan& plan, wire_v1::Plan* wire) {
     sampling->set_output_index(open.sampling.output_index);
     sampling->set_top_logprobs(open.sampling.top_logprobs);
   }
-  for (const SlotBlocks& blocks : plan.blocks) {
-    wire_v1::Blocks* to = wire->add_blocks();
-    to->set_slot(blocks.slot);
-    to->mutable_blocks()->Add(blocks.blocks.begin(), blocks.blocks.end());
+  for (const SlotBlock& more : plan.blocks) {
+    wire->add_block_slots(more.slot);
+    wire->add_blocks(more.block);
   }
   for (const SlotTokens& tokens : plan.run) {
     wire_v1::Run* to = wire->add_run();
@@ -134,12 +133,15 @@ absl::StatusOr<StepPlan> decode(const wire_v1::Plan& wire) {
     absl::Status status = decode_sampling(wire.open(i).sampling(), &plan.open[i].sampling);
     if (!status.ok()) return status;
   }
+  if (wire.block_slots_size() != wire.blocks_size()) {
+    return refused("blocks", absl::StrCat("as many as block_slots, ", wire.block_slots_size()),
+                   absl::StrCat(wire.blocks_size()));
+  }
   plan.blocks.resize(wire.blocks_size());
   for (int i = 0; i < wire.blocks_size(); ++i) {
-    plan.blocks[i].slot = wire.blocks(i).slot();
-    if (absl::Status status = check_index("blocks.slot", plan.blocks[i].slot); !status.ok()) return status;
-    absl::Status status = copy_indices("blocks.blocks", wire.blocks(i).blocks(), &plan.blocks[i].blocks);
-    if (!status.ok()) return status;
+    plan.blocks[i] = {.slot = wire.block_slots(i), .block = wire.blocks(i)};
+    if (absl::Status status = check_index("block_slots", wire.block_slots(i)); !status.ok()) return status;
+    if (absl::Status status = check_index("blocks", wire.blocks(i)); !status.ok()) return status;
   }
   plan.run.resize(wire.run_size());
   for (int i = 0; i < wire.run_size(); ++i) {

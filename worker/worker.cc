@@ -71,14 +71,12 @@ absl::Status Worker::Impl::take(const StepPlan& plan) {
     slot.blocks.clear();
     slot.next_position = 0;
   }
-  for (const SlotBlocks& more : plan.blocks) {
+  for (const SlotBlock& more : plan.blocks) {
     if (absl::Status status = check_slot(more.slot, true); !status.ok()) return status;
-    for (int32_t block : more.blocks) {
-      if (block < 0 || block >= limits.blocks) {
-        return absl::InvalidArgumentError(absl::StrFormat("block %d of %d", block, limits.blocks));
-      }
-      slots[more.slot].blocks.push_back(block);
+    if (more.block < 0 || more.block >= limits.blocks) {
+      return absl::InvalidArgumentError(absl::StrFormat("block %d of %d", more.block, limits.blocks));
     }
+    slots[more.slot].blocks.push_back(more.block);
   }
   if (plan.token_count() > limits.max_step_tokens) {
     return absl::InvalidArgumentError(
