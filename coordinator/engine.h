@@ -1,5 +1,8 @@
 // Engine: the loop of rank 0. inbox -> scheduler -> plan -> worker group -> apply -> events to each request's sink.
 // One engine thread is the only one that touches the scheduler and the group; everybody else meets it at the inbox.
+//
+// It is one step ahead: while the workers run a step, the next one's plan is made and sent, so that they go from step
+// to step without waiting for rank 0's mind.
 #pragma once
 
 #include <chrono>
@@ -26,8 +29,9 @@ struct OutputReport {
 };
 
 struct StepReport {
-  double seconds = 0;      // from one step's result to the next one's, or from submit() when nothing ran before
-  double gap_seconds = 0;  // of them, rank 0's worker had no plan to run
+  double seconds = 0;           // from one step's result to the next one's, or from submit() when nothing ran before
+  double gap_seconds = 0;       // of them, rank 0's worker did not run the step
+  double schedule_seconds = 0;  // that the engine spent on planning the step and taking in its result
   int32_t prompt_tokens = 0, sampled_tokens = 0, sequences = 0;
   const StepResult* result = nullptr;  // valid during the call; timings by rank
 };
@@ -43,7 +47,7 @@ class EngineObserver {
 
 struct EngineOptions {
   WorkerLimits limits;
-  int32_t max_waiting = 1024;          // outputs queued beyond this are refused
+  int32_t max_waiting = 1024;  // outputs queued beyond this are refused
   bool prefix_cache = true;
   EngineObserver* observer = nullptr;  // outlives the engine; null: nobody
 };
@@ -71,15 +75,18 @@ class Engine {
   // group fails (collect() is not OK, or a step has an error), after every sink got its terminal event. It may not
   // destroy the engine.
   Engine(const EngineOptions& options, WorkerGroup* group, std::function<void(const absl::Status&)> on_failure);
-  // Waits for the step in flight, ends every request with kCancelled and sends the stop plan (not to a failed group).
+  // Waits for the steps in flight, ends every request with kCancelled and sends the stop plan (not to a failed group).
   ~Engine();
 
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
+  // Milliseconds of the clock of Request::deadline_ms: std::chrono::steady_clock's, since its epoch. Any thread.
+  static int64_t now_ms();
+
   // Any thread; never waits for a step. Queues the request under the id that it returns (request.id is overwritten).
   // The sink gets the request's events, maybe before this returns, until the terminal one, and is then dropped.
-  // Refusals: those of Scheduler::validate; RESOURCE_EXHAUSTED when max_waiting are queued; UNAVAILABLE when draining
+  // Refusals: those of validate_request(); RESOURCE_EXHAUSTED when max_waiting are queued; UNAVAILABLE when draining
   // or failed, with the cause. A refused request's sink gets nothing.
   absl::StatusOr<RequestId> submit(Request request, std::shared_ptr<RequestSink> sink);
 
@@ -93,7 +100,7 @@ class Engine {
   // deadline; true when idle. Not on the engine thread.
   bool wait_idle(std::chrono::steady_clock::time_point deadline);
 
-  // Any thread. As of the step in flight, or the last one.
+  // Any thread. As of the last plan.
   EngineStats stats() const;
 
  private:

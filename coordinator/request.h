@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "worker/step_plan.h"
 
 namespace octet {
@@ -38,17 +39,25 @@ class TokenConstraint {
 };
 
 struct Request {
-  RequestId id = 0;                   // given by the engine, never reused
-  std::vector<int32_t> prompt;        // at least one token id, all inside the vocabulary
-  SlotSampling sampling;              // of each output, but for its output_index; seed already chosen
-  int32_t outputs = 1;                // how many completions of the prompt; output i has output_index i
-  std::optional<int32_t> max_tokens;  // of each output; default, and at most: the rest of the context
+  RequestId id = 0;                        // given by the engine, never reused
+  std::vector<int32_t> prompt;             // at least one token id, all inside the vocabulary
+  SlotSampling sampling;                   // of each output, but for its output_index; seed already chosen
+  int32_t outputs = 1;                     // how many completions of the prompt; output i has output_index i
+  std::optional<int32_t> max_tokens;       // of each output; default, and at most: the rest of the context
   std::optional<int32_t> prompt_logprobs;  // alternatives beside each prompt token's own logprob; absent: none at all
   int32_t priority = kDefaultPriority;
   int64_t deadline_ms = kNoDeadline;  // on the clock of Scheduler::plan()
   std::string cache_salt;             // only requests with an equal one share cached blocks
   std::shared_ptr<const TokenConstraint> constraint;
 };
+
+// Whether such a request can be served at all, however long it waits. INVALID_ARGUMENT (ids outside the vocabulary,
+// empty prompt, numbers out of range) or OUT_OF_RANGE (longer than the context, more blocks than exist), with the
+// numbers and the remedy. A function of its arguments: any thread may call it.
+absl::Status validate_request(const Request& request, const WorkerLimits& limits);
+
+// Tokens that each output may have: what was asked for, or what the context leaves. REQUIRES: a valid request.
+int32_t max_tokens_of(const Request& request, const WorkerLimits& limits);
 
 enum class FinishReason : uint8_t {
   kNone,

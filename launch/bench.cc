@@ -174,13 +174,13 @@ absl::StatusOr<Row> measure(const Checkpoint& checkpoint, const BenchOptions& op
 // Seconds per step of planning and taking in one decoding sequence, with no worker behind it.
 double scheduler_seconds(const WorkerLimits& limits) {
   constexpr int kSteps = 2000;
-  Scheduler scheduler(limits);
-  scheduler.add({.id = 1, .prompt = {0}, .max_tokens = std::min(kSteps, limits.max_context - 1)});
+  Scheduler scheduler({.limits = limits});
+  scheduler.add({.id = 1, .prompt = {0}, .max_tokens = std::min(kSteps, limits.max_context - 1)}, 0);
   StepPlan plan;
   std::vector<TokenEvent> events;
   int steps = 0;
   const auto begin = Clock::now();
-  while (scheduler.plan(&plan)) {
+  while (scheduler.plan(0, &plan)) {
     StepResult result{.step = plan.step};
     for (const SlotTokens& run : plan.run) {
       if (run.sample) result.sampled.push_back({.slot = run.slot});

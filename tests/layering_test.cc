@@ -44,6 +44,7 @@ const std::vector<Library>& libraries() {
        std::regex("worker/(worker_service|step_wire).*|"
                   "coordinator/(rpc_.*|.*_service|token_auth|server|generate_.*)\\..*|launch/.*|tests/.*")},
       {"PCRE2", std::regex("pcre2.*\\.h"), std::regex("coordinator/text/.*|tests/.*")},
+      {"libsodium", std::regex("sodium.*"), std::regex("coordinator/prefix_index\\..*|tests/.*")},
       {"CLI11", std::regex("CLI/.*"), std::regex("launch/.*|tests/.*")},
   };
   return kLibraries;
@@ -53,7 +54,8 @@ const std::vector<Library>& libraries() {
 std::optional<std::set<std::string>> own_includes_allowed(const std::string& file) {
   if (file == "worker/step_plan.h") return std::set<std::string>{};
   if (file == "coordinator/scheduler.h") {
-    return std::set<std::string>{"coordinator/request.h", "coordinator/block_pool.h", "worker/step_plan.h"};
+    return std::set<std::string>{"coordinator/request.h", "coordinator/block_pool.h", "coordinator/prefix_index.h",
+                                 "worker/step_plan.h"};
   }
   return std::nullopt;
 }

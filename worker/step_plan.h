@@ -63,7 +63,8 @@ struct SlotBlock {
   bool operator==(const SlotBlock&) const = default;
 };
 
-// All layers' keys and values of block `from` are copied to block `to`, before anything runs.
+// All layers' keys and values of block `from` are copied to block `to`, before anything runs. No copy of a plan reads or
+// writes what another one writes.
 struct BlockCopy {
   int32_t from = 0;
   int32_t to = 0;
