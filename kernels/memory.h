@@ -35,7 +35,8 @@ class Buffer {
   Device device_ = Device::kCpu;
 };
 
-// The instruction family of the CPU kernels. kAvx512 means AVX-512 F/BW/DQ/VL/VBMI with BF16. All three give equal bits.
+// The instruction family of the CPU kernels. kAvx512 means AVX-512 F/BW/DQ/VL/VBMI with BF16. kAvx2 and kAvx512 promise equal
+// bits (see numerics_id()).
 enum class Isa : uint8_t { kPortable, kAvx2, kAvx512 };
 
 const char* name_of(Isa isa);
