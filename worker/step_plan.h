@@ -63,7 +63,8 @@ struct SlotBlock {
   bool operator==(const SlotBlock&) const = default;
 };
 
-// All layers' keys and values of block `from` are copied to block `to`, before anything runs.
+// All layers' keys and values of block `from` are copied to block `to`, another one, before anything runs; one copy after
+// the other.
 struct BlockCopy {
   int32_t from = 0;
   int32_t to = 0;
@@ -73,7 +74,7 @@ struct BlockCopy {
 // What the slot may sample in this step: bit (token % 32) of word token / 32 is set for tokens that may be chosen.
 struct SlotMask {
   int32_t slot = 0;
-  std::vector<uint32_t> words;  // [(vocab_size + 31) / 32], at least one bit set
+  std::vector<uint32_t> words;  // [(vocab_size + 31) / 32], at least one bit inside the vocabulary set
   bool operator==(const SlotMask&) const = default;
 };
 
