@@ -159,11 +159,12 @@ SlotSampling with_everything(uint64_t seed, int64_t vocab_size) {
   return sampling;
 }
 
-// Pairs: a prompt, and one that begins as it does, up to the middle of a block, the end of one, or all of it.
+// Pairs: a prompt, and one that begins as it does, up to the middle of a block, the end of one, or all of it. Most end
+// shortly before a block does, so that blocks hold completions too.
 std::vector<DrivenRequest> requests_with_common_prefixes(int64_t vocab_size) {
   std::mt19937_64 random(13);
   std::vector<DrivenRequest> requests;
-  const int lengths[][3] = {{40, 7, 60}, {64, 32, 33}, {100, 100, 100}, {300, 270, 500}, {513, 512, 520}};
+  const int lengths[][3] = {{45, 7, 60}, {61, 32, 43}, {108, 108, 108}, {302, 270, 505}, {513, 512, 523}};
   for (const auto& [length, common, other_length] : lengths) {
     DrivenRequest first{.prompt = random_prompt(length, random, vocab_size), .max_tokens = 12};
     DrivenRequest second{.prompt = random_prompt(other_length, random, vocab_size), .max_tokens = 12};

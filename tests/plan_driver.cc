@@ -144,7 +144,7 @@ class Driver {
     plan->close.push_back(i);
     for (const SampledToken& token : outputs_[i].tokens) state.known.push_back(token.chosen.token);
     const int32_t whole = state.position / limits_.block_tokens;
-    const auto kept = static_cast<int32_t>(random_() % (whole + 1));
+    const auto kept = random_() % 2 == 0 ? whole : static_cast<int32_t>(random_() % (whole + 1));
     release(kept, &state);
     state.position = kept * limits_.block_tokens;
     plan->open.push_back(opening(i));
