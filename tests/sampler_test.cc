@@ -9,6 +9,8 @@
 #include <numeric>
 #include <random>
 
+#include "kernels/cpu/thread_pool.h"
+
 namespace octet {
 namespace {
 
@@ -100,6 +102,13 @@ TEST(Sampler, RandomNumbersAreThePublishedPhiloxOnes) {
 }
 
 TEST(Sampler, GreedyTakesTheSmallestIdAmongTheBest) { EXPECT_EQ(sample(Row({0, 3, 1, 3}), {}).chosen.token, 1); }
+
+TEST(Sampler, DenormalsAreZeroOnWhateverThread) {
+  const Row row({-1.0f, 0.0f, 1e-40f});
+  EXPECT_EQ(sample(row, {}).chosen.token, 1);
+  const cpu::FlushDenormals flush;  // as on the threads of a pool
+  EXPECT_EQ(sample(row, {}).chosen.token, 1);
+}
 
 TEST(Sampler, ReportsLogprobsOfTheRawDistribution) {
   const Row row = random_row(300, 1);

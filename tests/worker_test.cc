@@ -16,7 +16,7 @@ class WorkerTest : public testing::Test {
     ThreadGroupOptions options;
     options.ranks = 2;
     options.stream = {.threads = 1, .isa = best_isa(), .spin = false};
-    options.memory = {.kv_memory_bytes = 4 << 20, .max_context = 64, .max_sequences = 4, .max_step_tokens = 32};
+    options.memory = {.kv_memory_bytes = 4 << 20, .max_context = 64, .max_sequences = 5, .max_step_tokens = 32};
     options.available_bytes = int64_t{1} << 30;
     auto group = ThreadWorkerGroup::start(checkpoint_, options);
     EXPECT_TRUE(group.ok()) << group.status();
@@ -63,6 +63,10 @@ TEST_F(WorkerTest, RefusesRunsThatDoNotContinueTheirSequence) {
   EXPECT_NE(error_of(opened(1, {}, {.slot = 1, .tokens = {1}})), "") << "no block";
   EXPECT_NE(error_of(opened(2, {0}, {.slot = 2, .from_last_sample = true})), "") << "nothing sampled yet";
   EXPECT_NE(error_of(opened(3, {0}, {.slot = 3, .tokens = {}})), "") << "no token";
+  EXPECT_EQ(error_of(opened(4, {0}, {.slot = 4, .tokens = {1}, .sample = true})), "");
+  StepPlan both;
+  both.run = {{.slot = 4, .position = 1, .tokens = {1}, .from_last_sample = true}};
+  EXPECT_NE(error_of(both), "") << "tokens beside a sample";
 }
 
 TEST_F(WorkerTest, RefusesOpenSlotsTwiceAndClosedOnesAtAll) {

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kernels/check.h"
+#include "kernels/cpu/thread_pool.h"
 #include "kernels/ops.h"
 
 namespace octet {
@@ -29,8 +30,7 @@ std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint3
   return counter;
 }
 
-// The greatest of 2 * kHalf values to values[0]. In halves of known length, of which the compiler takes several at
-// once.
+// The greatest of 2 * kHalf values to values[0]. In halves of known length, which the compiler takes at once.
 template <size_t kHalf>
 void fold_max(float* values) {
   for (size_t i = 0; i < kHalf; ++i) values[i] = values[i + kHalf] > values[i] ? values[i + kHalf] : values[i];
@@ -74,15 +74,20 @@ std::span<const float> block_of(std::span<const float> values, size_t block, siz
 
 size_t blocks_of(std::span<const float> values, size_t size) { return (values.size() + size - 1) / size; }
 
-// The first index whose running sum exceeds u times the whole, u in [0, 1); never one of weight 0.
-size_t index_at(std::span<const float> weights, double u, std::vector<double>* sums) {
+// The whole sum; those of its blocks to *sums.
+double total_of(std::span<const float> weights, std::vector<double>* sums) {
   sums->clear();
   double total = 0.0;
   for (size_t block = 0; block < blocks_of(weights, kSumBlock); ++block) {
     sums->push_back(sum_of(block_of(weights, block, kSumBlock)));
     total += sums->back();
   }
-  const double target = u * total;
+  return total;
+}
+
+// The first index whose running sum exceeds u times the whole, u in [0, 1); never one of weight 0.
+size_t index_at(std::span<const float> weights, double u, std::vector<double>* sums) {
+  const double target = u * total_of(weights, sums);
   size_t block = 0, next = 0;
   double before = 0.0, sum = 0.0;
   while (next < sums->size() && target >= sum) {
@@ -164,6 +169,7 @@ void Sampler::sample(const Choice& choice, SampledToken* out) {
 }
 
 void Sampler::score(const LogitsRow& row, int32_t token, int32_t top, SampledToken* out) {
+  const cpu::FlushDenormals flush;
   auto with_logprob = [&](int32_t id) { return TokenLogprob{id, row.logits[id] - row.log_sum_exp}; };
   out->chosen = with_logprob(token);
   out->top.clear();
@@ -177,6 +183,7 @@ void Sampler::score(const LogitsRow& row, int32_t token, int32_t top, SampledTok
 }
 
 Distribution Sampler::distribution(const Choice& choice) {
+  const cpu::FlushDenormals flush;
   const SlotSampling& sampling = choice.sampling;
   const std::span<const float> logits = adjusted(choice);
   if (sampling.temperature == 0.0f) {
@@ -303,10 +310,7 @@ void Sampler::keep_if(float least, const Keep& keep) {
 
 // Weights from min_p on, and of them the heaviest until they make up top_p of what there was.
 void Sampler::cut_tail(double top_p, float min_p) {
-  double total = 0.0;
-  for (size_t block = 0; block < blocks_of(weights_, kSumBlock); ++block) {
-    total += sum_of(block_of(weights_, block, kSumBlock));
-  }
+  const double total = total_of(weights_, &sums_);
   // Weights under this, were all others of them, could not make up the 1 - top_p that may be missing.
   const double negligible = 0.99 * (1.0 - top_p) * total / static_cast<double>(weights_.size());
   const float least = std::max({min_p, static_cast<float>(negligible), std::numeric_limits<float>::min()});

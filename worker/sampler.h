@@ -5,9 +5,9 @@
 // counter-based (Philox 4x32-10) with key (seed, output_index, position), so a token depends on nothing else that was
 // ever sampled.
 //
-// Always a choice, and always the same: changed logits are cut to finite floats (a NaN counts as the lowest). Where
-// masks leave nothing, bad_words give way, then min_tokens as well; where allowed_token_ids and SlotMask have no token
-// in common, SlotMask alone decides.
+// Always a choice, and always the same: changed logits are cut to finite floats (a NaN counts as the lowest), denormals
+// count as 0. Where masks leave nothing, bad_words give way, then min_tokens as well; where allowed_token_ids and
+// SlotMask have no token in common, SlotMask alone decides.
 #pragma once
 
 #include <cstdint>

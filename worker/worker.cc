@@ -221,6 +221,10 @@ absl::Status Worker::Impl::take_run(const SlotTokens& run) {
   if (run.from_last_sample && !slot.has_sample) {
     return absl::InvalidArgumentError(absl::StrFormat("slot %d has not sampled a token yet", run.slot));
   }
+  if (run.from_last_sample && !run.tokens.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrFormat("slot %d: %d tokens beside the one that it sampled", run.slot, run.tokens.size()));
+  }
   if (std::find(batch_slots.begin(), batch_slots.end(), run.slot) != batch_slots.end()) {
     return absl::InvalidArgumentError(absl::StrFormat("slot %d runs twice in one step", run.slot));
   }
