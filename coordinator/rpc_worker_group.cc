@@ -59,6 +59,7 @@ class NoLibraryServices final : public grpc::ServerBuilderOption {
 struct Answer {
   uint64_t digest = 0;
   std::string error;
+  StepTiming timing;
 };
 
 // A submitted plan and what has come back for it.
@@ -294,7 +295,10 @@ void RpcWorkerGroup::Impl::take_answer(int32_t rank, const wire_v1::Result& resu
       return fail(absl::UnavailableError(
           absl::StrCat("rank ", rank, " answered step ", result.step(), " when ", step.step, " was its next")));
     }
-    step.remote[rank - 1] = Answer{.digest = result.sampled_digest(), .error = result.error()};
+    step.remote[rank - 1] =
+        Answer{.digest = result.sampled_digest(),
+               .error = result.error(),
+               .timing = {.run_seconds = result.run_seconds(), .collective_seconds = result.collective_seconds()}};
     --step.missing;
     changed.notify_all();
     if (step.stop) streams[rank - 1]->finish(grpc::Status::OK);
@@ -436,6 +440,8 @@ absl::StatusOr<StepResult> RpcWorkerGroup::collect() {
     }
     if (impl_->failure.ok()) {
       answer = *std::move(oldest.local);
+      answer->timings.resize(1);
+      for (const std::optional<Answer>& remote : oldest.remote) answer->timings.push_back(remote->timing);
     } else {
       answer = impl_->failure;
     }

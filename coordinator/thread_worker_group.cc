@@ -141,9 +141,11 @@ absl::StatusOr<StepResult> ThreadWorkerGroup::collect() {
   StepResult first = impl_->ranks[0]->collect();
   for (size_t rank = 1; rank < impl_->ranks.size(); ++rank) {
     const StepResult other = impl_->ranks[rank]->collect();
-    if (other.step != first.step || other.sampled != first.sampled || other.error != first.error) {
+    if (other.step != first.step || other.sampled != first.sampled || other.scored != first.scored ||
+        other.error != first.error) {
       return absl::UnavailableError(absl::StrCat("rank ", rank, " disagrees with rank 0 about step ", first.step));
     }
+    first.timings.push_back(other.timings.front());
   }
   return first;
 }

@@ -245,6 +245,20 @@ void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const Atte
   cpu::attention(stream, q, cache, batch, out);
 }
 
+void copy_blocks(Stream& stream, std::span<const int32_t> from, std::span<const int32_t> to, const KvLayer& cache) {
+  check_rank("cache.values", cache.values, 4);
+  kv_heads_of(cache, cache.values.dim(3));
+  OCTET_CHECK(from.size() == to.size(),
+              std::to_string(from.size()) + " blocks to copy to " + std::to_string(to.size()) + " blocks");
+  const int64_t blocks = cache.values.dim(0);
+  for (size_t i = 0; i < from.size(); ++i) {
+    OCTET_CHECK(from[i] >= 0 && from[i] < blocks && to[i] >= 0 && to[i] < blocks && from[i] != to[i],
+                "block " + std::to_string(from[i]) + " copied to block " + std::to_string(to[i]) + " of " +
+                    std::to_string(blocks));
+  }
+  cpu::copy_blocks(stream, from, to, cache);
+}
+
 void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts) {
   check_rank("logits", logits, 2);
   check_tensor("logits", logits, DType::kF32, logits.shape());
@@ -252,6 +266,14 @@ void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t
   check_tensor("parts", parts, DType::kF32, {logits.dim(0), static_cast<int64_t>(group_ends.size()), 2});
   const cpu::FlushDenormals flush;
   cpu::softmax_parts(stream, logits, group_ends, parts);
+}
+
+void softmax_weights(const Stream& stream, std::span<const float> logits, float max, float scale,
+                     std::span<float> weights) {
+  OCTET_CHECK(logits.size() == weights.size(),
+              std::to_string(weights.size()) + " weights of " + std::to_string(logits.size()) + " logits");
+  const cpu::FlushDenormals flush;
+  cpu::softmax_weights(stream, logits, max, scale, weights);
 }
 
 }  // namespace octet

@@ -65,14 +65,14 @@ std::vector<Request> all_kinds(int64_t vocab_size) {
   std::vector<int32_t> stem(200);
   for (int32_t& token : stem) token = static_cast<int32_t>(random() % vocab_size);
   std::vector<Request> requests;
-  for (const int length : {1, 2, 15, 16, 17, 33, 48, 64, 90, 130, 257, 20, 40, 70}) {
+  for (const int length : {1, 2, 3, 5, 9, 15, 16, 17, 20, 33, 40, 64, 130, 257}) {
     Request request;
     request.id = requests.size() + 1;
     const int shared = static_cast<int>(random() % 3) * length / 3;
     for (int i = 0; i < length; ++i) {
       request.prompt.push_back(i < shared && i < 200 ? stem[i] : static_cast<int32_t>(random() % vocab_size));
     }
-    request.max_tokens = 8 + static_cast<int32_t>(random() % 20);
+    request.max_tokens = 30 + static_cast<int32_t>(random() % 70);
     request.sampling.seed = random();
     request.sampling.top_logprobs = static_cast<int32_t>(random() % 3);
     if (request.id % 2 == 0) {
@@ -88,7 +88,7 @@ std::vector<Request> all_kinds(int64_t vocab_size) {
     if (request.id % 5 == 0) request.prompt_logprobs = 1;
     if (request.id % 7 == 0) request.cache_salt = "tenant";
     if (request.id % 6 == 1) request.sampling.min_tokens = 5;
-    request.sampling.end_token_ids = {static_cast<int32_t>(random() % vocab_size)};
+    if (request.id % 3 == 1) request.sampling.end_token_ids = {static_cast<int32_t>(random() % vocab_size)};
     requests.push_back(std::move(request));
   }
   return requests;
@@ -185,11 +185,7 @@ Cell random_cell(const WorkerLimits& limits, const std::vector<Request>& request
 class OneAnswerScheduling : public testing::Test {
  protected:
   OneAnswerScheduling()
-      : model_{.format = RandomFormat::kDynamicTokens,
-               .hidden_size = 64,
-               .intermediate_size = 176,
-               .num_hidden_layers = 2,
-               .head_dim = 16},
+      : model_{.format = RandomFormat::kFbgemm, .num_hidden_layers = 3},
         checkpoint_(*Checkpoint::open(write_random_model(model_))),
         requests_(all_kinds(model_.vocab_size)) {}
 
@@ -235,7 +231,7 @@ TEST_F(OneAnswerScheduling, OverRandomCells) {
               requests_.size(), static_cast<unsigned long long>(totals.preemptions),
               static_cast<unsigned long long>(totals.cached_tokens));
   EXPECT_GE(cells, 200);
-  EXPECT_GT(totals.preemptions, 500u);
+  EXPECT_GT(totals.preemptions, 200u);
   EXPECT_GT(totals.cached_tokens, 10'000u);
 }
 

@@ -136,6 +136,117 @@ TEST_P(OneAnswer, OverBatchesChunksAndBlocks) {
   }
 }
 
+// A sampling that reads all there is of a sequence's history.
+SlotSampling with_everything(uint64_t seed, int64_t vocab_size) {
+  std::mt19937_64 random(seed);
+  auto token = [&] { return static_cast<int32_t>(random() % vocab_size); };
+  SlotSampling sampling{.repetition_penalty = 1.3f,
+                        .presence_penalty = 0.4f,
+                        .frequency_penalty = 0.3f,
+                        .min_tokens = 4,
+                        .temperature = seed % 3 == 0 ? 0.0f : 0.9f,
+                        .top_k = 50,
+                        .top_p = 0.95f,
+                        .min_p = 0.01f,
+                        .seed = seed,
+                        .output_index = static_cast<uint32_t>(seed % 5),
+                        .top_logprobs = 3};
+  for (int i = 0; i < 8; ++i) {
+    sampling.logit_bias.push_back({.token = token(), .bias = static_cast<float>(i) / 2.0f});
+    sampling.bad_words.push_back({token()});
+    sampling.end_token_ids.push_back(token());
+  }
+  return sampling;
+}
+
+// Pairs: a prompt, and one that begins as it does, up to the middle of a block, the end of one, or all of it. Most end
+// shortly before a block does, so that blocks hold completions too.
+std::vector<DrivenRequest> requests_with_common_prefixes(int64_t vocab_size) {
+  std::mt19937_64 random(13);
+  std::vector<DrivenRequest> requests;
+  const int lengths[][3] = {{45, 7, 60}, {61, 32, 43}, {108, 108, 108}, {302, 270, 505}, {513, 512, 523}};
+  for (const auto& [length, common, other_length] : lengths) {
+    DrivenRequest first{.prompt = random_prompt(length, random, vocab_size), .max_tokens = 12};
+    DrivenRequest second{.prompt = random_prompt(other_length, random, vocab_size), .max_tokens = 12};
+    std::copy_n(first.prompt.begin(), common, second.prompt.begin());
+    first.sampling = with_everything(random(), vocab_size);
+    second.sampling = with_everything(random(), vocab_size);
+    if (common % 2 == 0) {
+      second.mask = [vocab_size](int32_t i) {
+        return i % 3 == 0 ? std::vector<uint32_t>() : std::vector<uint32_t>((vocab_size + 31) / 32, 0xf0f0f0f0u << i);
+      };
+    }
+    requests.push_back(first);
+    requests.push_back(second);
+  }
+  return requests;
+}
+
+TEST_P(OneAnswer, OverSharedCopiedAndPreemptedBlocks) {
+  const auto requests = requests_with_common_prefixes(model_.vocab_size);
+  const auto expected = run_alone(*start(*checkpoint_, {}, activations()), requests);
+  std::mt19937_64 random(7);
+  for (const Cell& cell : std::vector<Cell>{
+           {}, {.threads = 3}, {.ranks = 2, .threads = 2}, {.ranks = 5}, {.ranks = 8, .pretend_nodes = {3, 5}}}) {
+    auto group = start(*checkpoint_, cell, activations());
+    for (int round = 0; round < 3; ++round) {
+      auto mixed = requests;
+      for (size_t i = 0; i < mixed.size(); ++i) {
+        const int chunks[] = {16, 23, 64, 1 << 20};
+        mixed[i].chunk = chunks[random() % 4];
+        if (i % 2 == 1 && round != 1) mixed[i].shares_with = static_cast<int32_t>(i - 1);
+        // The first of a pair keeps its blocks until the second has begun.
+        if (round != 0) mixed[i].preempted_after = static_cast<int32_t>(6 + random() % 5);
+      }
+      expect_equal(expected, drive(*group, group->plan().limits, mixed, random()),
+                   cell.name() + ", round " + std::to_string(round));
+    }
+  }
+}
+
+TEST_P(OneAnswer, ScoresThePromptAsItSamples) {
+  std::mt19937_64 random(17);
+  std::vector<DrivenRequest> requests;
+  for (const int length : {1, 2, 17, 100, 257}) {
+    requests.push_back({.prompt = random_prompt(length, random, model_.vocab_size),
+                        .max_tokens = 4,
+                        .sampling = {.temperature = 0.8f, .seed = random(), .top_logprobs = 5}});
+  }
+  auto one = start(*checkpoint_, {}, activations());
+  const auto unscored = run_alone(*one, requests);
+  auto scoring = requests;
+  for (DrivenRequest& request : scoring) request.score_top = 5;
+  const auto expected = run_alone(*one, scoring);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    EXPECT_EQ(expected[i].tokens, unscored[i].tokens) << "scoring changes nothing";
+    // Each scored token as a sample after the same prefix would report it.
+    const std::vector<int32_t>& prompt = requests[i].prompt;
+    std::vector<int32_t> prefixes;
+    for (int32_t prefix = 1; prefix < static_cast<int32_t>(prompt.size()); ++prefix) prefixes.push_back(prefix);
+    const auto sampled = teacher_forced(*one, one->plan().limits, prompt, prefixes, 5);
+    ASSERT_EQ(expected[i].scored.size(), prefixes.size());
+    ASSERT_EQ(sampled.size(), prefixes.size());
+    for (size_t j = 0; j < prefixes.size(); ++j) {
+      EXPECT_EQ(expected[i].scored[j].top, sampled[j].top) << "after " << prefixes[j] << " tokens";
+      EXPECT_EQ(expected[i].scored[j].chosen.token, prompt[prefixes[j]]);
+      for (const TokenLogprob& other : sampled[j].top) {
+        if (other.token == prompt[prefixes[j]]) {
+          EXPECT_EQ(expected[i].scored[j].chosen, other);
+        }
+      }
+    }
+  }
+  for (const Cell& cell : std::vector<Cell>{{.threads = 3}, {.ranks = 3, .threads = 2}, {.ranks = 8}}) {
+    auto group = start(*checkpoint_, cell, activations());
+    auto mixed = scoring;
+    for (DrivenRequest& request : mixed) {
+      const int chunks[] = {1, 5, 16, 100};
+      request.chunk = chunks[random() % 4];
+    }
+    expect_equal(expected, drive(*group, group->plan().limits, mixed, random()), cell.name());
+  }
+}
+
 TEST(OneAnswerNegativeControl, SumsInRankOrderAreCaught) {
   const RandomModel model;
   const Checkpoint checkpoint = *Checkpoint::open(write_random_model(model));

@@ -815,6 +815,55 @@ TEST(CopyRows, CopiesRows) {
   }
 }
 
+TEST(CopyBlocks, CopiesKeysAndValuesOneAfterTheOther) {
+  Random random(17);
+  for (const int64_t head_dim : {2, 64}) {
+    const Owned keys = random.bf16({6, 3, head_dim / 2, kKvBlockTokens, 2});
+    const Owned values = random.bf16({6, 3, kKvBlockTokens, head_dim});
+    const std::vector<int32_t> from = {5, 0, 3}, to = {2, 3, 0};  // block 3 is written, then read
+    const std::vector<int64_t> held = {0, 1, 5, 0, 4, 5};         // what each block holds afterwards
+    for (const int threads : {1, 3}) {
+      Stream stream({.threads = threads, .isa = Isa::kPortable, .spin = false});
+      const Owned new_keys(keys), new_values(values);
+      copy_blocks(stream, from, to, {.keys = new_keys, .values = new_values});
+      for (int64_t block = 0; block < 6; ++block) {
+        const int64_t source = held[block];
+        expect_same_bits(new_keys.tensor.rows(block, block + 1), keys.tensor.rows(source, source + 1), "keys");
+        expect_same_bits(new_values.tensor.rows(block, block + 1), values.tensor.rows(source, source + 1), "values");
+      }
+    }
+  }
+}
+
+TEST(SoftmaxWeights, AreExponentialsOfScaledDifferences) {
+  Random random(18);
+  const Owned logits = random.f32({9001}, 8.0f);
+  float* const x = logits.tensor.as<float>();
+  x[4000] = -kInf;
+  x[17] = -std::numeric_limits<float>::max();
+  const float max = *std::max_element(x, x + 9001);
+  for (const float scale : {1.0f, 0.125f, 3.0f, std::numeric_limits<float>::min()}) {
+    const Owned actual = same_everywhere("softmax_weights", [&](Stream& stream) {
+      Owned weights(DType::kF32, {9001});
+      softmax_weights(stream, {x, 9001}, max, scale, {weights.tensor.as<float>(), 9001});
+      return weights;
+    });
+    const float* const weights = actual.tensor.as<float>();
+    for (int i = 0; i < 9001; ++i) {
+      const double argument = (double{x[i]} - max) * scale;
+      // The argument's own rounding counts as much as it is large.
+      const double expected = std::exp(argument), relative = 3e-7 + 2e-7 * std::abs(argument);
+      if (expected < 1e-37) {
+        ASSERT_LE(weights[i], 1.2e-37) << i;
+      } else {
+        ASSERT_NEAR(weights[i], expected, relative * expected) << i;
+      }
+    }
+    EXPECT_EQ(weights[4000], 0.0f);
+    EXPECT_EQ(*std::max_element(weights, weights + 9001), 1.0f);
+  }
+}
+
 TEST(SoftmaxParts, MatchesTheReference) {
   Random random(16);
   for (const int64_t n : {3, 16, 100, 4999}) {

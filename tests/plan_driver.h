@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -15,12 +17,21 @@ struct DrivenRequest {
   std::vector<int32_t> prompt;
   int32_t max_tokens = 8;
   SlotSampling sampling;
-  int32_t chunk = 1 << 20;   // prompt tokens in one step at most
-  int32_t arrival_step = 0;  // first step in which it may run
+  int32_t chunk = 1 << 20;           // prompt tokens in one step at most
+  int32_t arrival_step = 0;          // first step in which it may run
+  std::optional<int32_t> score_top;  // score the prompt, with so many alternatives
+  // An earlier request, still open, whose prompt is in the cache: what both prompts begin with is not run again. Whole
+  // blocks are shared, the rest of it is copied.
+  std::optional<int32_t> shares_with;
+  // Closed after so many output tokens and opened again at once, over some of its own blocks: a preemption.
+  std::optional<int32_t> preempted_after;
+  // The mask of output token i; none where it is empty.
+  std::function<std::vector<uint32_t>(int32_t i)> mask;
 };
 
 struct DrivenOutput {
   std::vector<SampledToken> tokens;  // `slot` is always 0 here, so that outputs compare
+  std::vector<SampledToken> scored;  // prompt tokens from the second on, if asked for
   bool operator==(const DrivenOutput&) const = default;
 };
 

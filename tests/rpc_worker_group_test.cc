@@ -153,6 +153,29 @@ TEST(RpcWorkerGroup, OfOneRankListensOnNothing) {
   EXPECT_EQ(result->sampled, fake_worker(plan_of(4)).sampled);
 }
 
+TEST(RpcWorkerGroup, CollectsEachRanksTiming) {
+  auto timed = [](double seconds) {
+    return [seconds](const StepPlan& plan) {
+      StepResult result = fake_worker(plan);
+      result.timings = {{.run_seconds = seconds, .collective_seconds = seconds / 4}};
+      return result;
+    };
+  };
+  Group group(3, timed(1.0));
+  Ranks ranks;
+  ranks.start(1, group->local_address(), timed(2.0));
+  ranks.start(2, group->local_address(), timed(3.0));
+  ASSERT_TRUE(group->wait_for_ranks(absl::Seconds(30)).ok());
+  const absl::StatusOr<StepResult> result = group->run(plan_of(0));
+  ASSERT_TRUE(result.ok()) << result.status();
+  ASSERT_EQ(result->timings.size(), 3u);
+  for (int rank = 0; rank < 3; ++rank) {
+    EXPECT_EQ(result->timings[rank].run_seconds, 1.0 + rank);
+    EXPECT_EQ(result->timings[rank].collective_seconds, (1.0 + rank) / 4);
+  }
+  EXPECT_TRUE(group->run(stop_plan(1)).ok());
+}
+
 TEST(RpcWorkerGroup, ReachesRanksOnOtherNodesOverTcp) {
   Group group(3, fake_worker, /*remote_ranks=*/true);
   Ranks ranks;

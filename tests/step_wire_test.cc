@@ -25,16 +25,35 @@ class PlanMaker {
     plan.stop = coin();
     plan.close = indices(4);
     plan.open.resize(below(4));
-    for (SlotOpen& open : plan.open) open = {.slot = index(), .sampling = sampling()};
+    for (SlotOpen& open : plan.open) {
+      open = {.slot = index(), .sampling = sampling(), .prompt_tokens = index(), .position = index()};
+      if (!open.sampling.reads_history()) continue;
+      open.history = indices(300);
+      open.position = static_cast<int32_t>(open.history.size());
+    }
     plan.blocks.resize(below(4));
     for (SlotBlock& more : plan.blocks) more = {.slot = index(), .block = index()};
+    plan.copies.resize(below(4));
+    for (BlockCopy& copy : plan.copies) {
+      copy = {.from = index(), .to = index()};
+      if (copy.to == copy.from) copy.to ^= 1;
+    }
+    plan.masks.resize(below(3));
+    for (SlotMask& mask : plan.masks) {
+      mask = {.slot = index(), .words = std::vector<uint32_t>(1 + below(40))};
+      for (uint32_t& word : mask.words) word = coin() ? 0 : static_cast<uint32_t>(random_());
+      mask.words.back() |= 1;
+    }
     plan.run.resize(below(4));
     for (SlotTokens& run : plan.run) {
       run = {.slot = index(),
              .position = below(1 << 20),
              .tokens = indices(300),
              .from_last_sample = false,
-             .sample = coin()};
+             .sample = coin(),
+             .score = coin(),
+             .score_top = below(21),
+             .next_token = coin() ? -1 : index()};
       run.from_last_sample = run.tokens.empty();
     }
     return plan;
@@ -43,12 +62,8 @@ class PlanMaker {
   StepResult result() {
     StepResult result;
     result.step = random_();
-    result.sampled.resize(1 + below(4));
-    for (SampledToken& sampled : result.sampled) {
-      sampled = {.slot = index(), .chosen = {index(), -real()}, .top = {}};
-      sampled.top.resize(below(4));
-      for (TokenLogprob& other : sampled.top) other = {index(), -real()};
-    }
+    result.sampled = tokens();
+    result.scored = tokens();
     return result;
   }
 
@@ -63,8 +78,38 @@ class PlanMaker {
     for (int32_t& i : indices) i = index();
     return indices;
   }
+  std::vector<SampledToken> tokens() {
+    std::vector<SampledToken> tokens(1 + below(4));
+    for (SampledToken& token : tokens) {
+      token = {.slot = index(), .chosen = {index(), -real()}, .top = {}};
+      token.top.resize(below(4));
+      for (TokenLogprob& other : token.top) other = {index(), -real()};
+    }
+    return tokens;
+  }
+  std::vector<std::vector<int32_t>> words() {
+    std::vector<std::vector<int32_t>> words(below(3));
+    for (std::vector<int32_t>& word : words) {
+      word = indices(4);
+      word.push_back(index());
+    }
+    return words;
+  }
+  std::vector<TokenBias> biases() {
+    std::vector<TokenBias> biases(below(4));
+    for (TokenBias& bias : biases) bias = {.token = index(), .bias = real() - real()};
+    return biases;
+  }
   SlotSampling sampling() {
-    return {.temperature = real(),
+    return {.repetition_penalty = coin() ? 1.0f : 1e-3f + real(),
+            .presence_penalty = coin() ? 0.0f : real() - real(),
+            .frequency_penalty = coin() ? 0.0f : real() - real(),
+            .logit_bias = biases(),
+            .allowed_token_ids = indices(4),
+            .bad_words = words(),
+            .min_tokens = index(),
+            .end_token_ids = indices(4),
+            .temperature = real(),
             .top_k = index(),
             .top_p = 1.0f - real() / 4,
             .min_p = real() / 4,
@@ -145,6 +190,43 @@ TEST(StepWire, RefusesWhatAPlanMustNotSayAndNamesIt) {
       {"sampling.top_k", [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_top_k(-1); }},
       {"sampling.top_logprobs",
        [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_top_logprobs(-1); }},
+      {"sampling.repetition_penalty",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_repetition_penalty(0); }},
+      {"sampling.repetition_penalty",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_repetition_penalty(HUGE_VALF); }},
+      {"sampling.presence_penalty",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_presence_penalty(std::nanf("")); }},
+      {"sampling.frequency_penalty",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_frequency_penalty(-HUGE_VALF); }},
+      {"sampling.biases", [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->add_biases(1.0f); }},
+      {"sampling.biases",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_biases(0, HUGE_VALF); }},
+      {"sampling.bias_tokens",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_bias_tokens(0, -3); }},
+      {"sampling.allowed_token_ids",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->add_allowed_token_ids(-1); }},
+      {"sampling.bad_words", [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->add_bad_words(); }},
+      {"sampling.bad_words",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->mutable_bad_words(0)->set_tokens(0, -1); }},
+      {"sampling.min_tokens",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->set_min_tokens(-1); }},
+      {"sampling.end_token_ids",
+       [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->add_end_token_ids(-1); }},
+      {"open.prompt_tokens", [](wire_v1::Plan* plan) { plan->mutable_open(0)->set_prompt_tokens(-1); }},
+      {"open.position", [](wire_v1::Plan* plan) { plan->mutable_open(0)->set_position(-1); }},
+      {"open.history", [](wire_v1::Plan* plan) { plan->mutable_open(0)->add_history(1); }},
+      {"open.history", [](wire_v1::Plan* plan) { plan->mutable_open(0)->clear_history(); }},
+      {"open.history", [](wire_v1::Plan* plan) { plan->mutable_open(0)->set_history(0, -1); }},
+      {"open.history", [](wire_v1::Plan* plan) { plan->mutable_open(0)->mutable_sampling()->clear_bad_words(); }},
+      {"copies_to", [](wire_v1::Plan* plan) { plan->add_copies_from(1); }},
+      {"copies_to", [](wire_v1::Plan* plan) { plan->set_copies_to(0, plan->copies_from(0)); }},
+      {"copies_to", [](wire_v1::Plan* plan) { plan->set_copies_to(0, -1); }},
+      {"copies_from", [](wire_v1::Plan* plan) { plan->set_copies_from(0, -1); }},
+      {"masks.slot", [](wire_v1::Plan* plan) { plan->mutable_masks(0)->set_slot(-1); }},
+      {"masks.words", [](wire_v1::Plan* plan) { plan->mutable_masks(0)->set_words(0, 0); }},
+      {"masks.words", [](wire_v1::Plan* plan) { plan->mutable_masks(0)->clear_words(); }},
+      {"run.score_top", [](wire_v1::Plan* plan) { plan->mutable_run(0)->set_score_top(-1); }},
+      {"run.next_token", [](wire_v1::Plan* plan) { plan->mutable_run(0)->set_next_token(-2); }},
       {"block_slots", [](wire_v1::Plan* plan) { plan->set_block_slots(0, -1); }},
       {"blocks", [](wire_v1::Plan* plan) { plan->set_blocks(0, -7); }},
       {"blocks", [](wire_v1::Plan* plan) { plan->add_blocks(3); }},
@@ -158,8 +240,14 @@ TEST(StepWire, RefusesWhatAPlanMustNotSayAndNamesIt) {
   };
   StepPlan good{.step = 7,
                 .close = {1},
-                .open = {{.slot = 1, .sampling = {}}},
+                .open = {{.slot = 1,
+                          .sampling = {.logit_bias = {{.token = 3, .bias = 0.5f}}, .bad_words = {{8}}},
+                          .prompt_tokens = 4,
+                          .position = 2,
+                          .history = {5, 6}}},
                 .blocks = {{.slot = 1, .block = 4}, {.slot = 1, .block = 5}},
+                .copies = {{.from = 2, .to = 4}},
+                .masks = {{.slot = 1, .words = {1}}},
                 .run = {{.slot = 1, .position = 0, .tokens = {10, 11}, .from_last_sample = false, .sample = true}},
                 .stop = false};
   for (const Hostile& hostile : cases) {
@@ -168,7 +256,7 @@ TEST(StepWire, RefusesWhatAPlanMustNotSayAndNamesIt) {
     ASSERT_TRUE(decode(wire).ok());
     hostile.spoil(&wire);
     absl::StatusOr<StepPlan> decoded = decode(wire);
-    ASSERT_FALSE(decoded.ok()) << hostile.names;
+    ASSERT_FALSE(decoded.ok()) << hostile.names << " " << wire.ShortDebugString();
     EXPECT_NE(std::string(decoded.status().message()).find(hostile.names), std::string::npos) << decoded.status();
   }
 }
@@ -194,6 +282,16 @@ TEST(SampledDigest, ChangesWithEveryPartOfAResult) {
     other = result;
     other.sampled.pop_back();
     EXPECT_NE(sampled_digest(other), digest);
+    other = result;
+    other.scored.back().chosen.logprob = std::nextafter(other.scored.back().chosen.logprob, -100.0f);
+    EXPECT_NE(sampled_digest(other), digest);
+    other = result;
+    other.scored.insert(other.scored.begin(), other.sampled.back());
+    other.sampled.pop_back();
+    EXPECT_NE(sampled_digest(other), digest) << "what was scored is not what was sampled";
+    other = result;
+    other.timings = {{.run_seconds = 1.0, .collective_seconds = 0.5}};
+    EXPECT_EQ(sampled_digest(other), digest) << "time is each rank's own";
   }
 }
 

@@ -16,7 +16,7 @@ struct StepBatch {
   std::vector<int32_t> sequence_ends;  // [sequences]
   std::vector<int32_t> block_tables;   // [sequences, max_blocks]
   int64_t max_blocks = 0;
-  std::vector<int32_t> sample_rows;  // tokens after which one is sampled, in the plan's order
+  std::vector<int32_t> logit_rows;  // tokens after which logits are wanted, ascending
 
   void clear() {
     tokens.clear();
@@ -24,7 +24,7 @@ struct StepBatch {
     sequence_of.clear();
     sequence_ends.clear();
     block_tables.clear();
-    sample_rows.clear();
+    logit_rows.clear();
     max_blocks = 0;
   }
   int64_t token_count() const { return static_cast<int64_t>(tokens.size()); }

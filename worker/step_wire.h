@@ -20,8 +20,8 @@ void encode(const StepPlan& plan, internal::v1::Plan* wire);
 // INVALID_ARGUMENT names the field, what was expected and what was found.
 absl::StatusOr<StepPlan> decode(const internal::v1::Plan& wire);
 
-// 64 bits over everything a result says but its error: slots, tokens, the bits of logprobs, alternatives, in order.
-// Ranks that sampled the same have the same digest; it is a check against mistakes, not against an adversary.
+// 64 bits over everything that was sampled and scored: slots, tokens, the bits of logprobs, alternatives, in order.
+// Ranks that agree have the same digest; it is a check against mistakes, not against an adversary.
 uint64_t sampled_digest(const StepResult& result);
 
 }  // namespace octet

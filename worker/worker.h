@@ -21,7 +21,7 @@ class Worker {
   ~Worker();
 
   // A plan that breaks its contract (unknown slot, block or token out of range, gap in positions) and a NaN in the
-  // logits come back as StepResult::error. The same on every rank.
+  // logits come back as StepResult::error. The same on every rank, but for the timing.
   StepResult run(const StepPlan& plan);
 
   const WorkerLimits& limits() const;

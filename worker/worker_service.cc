@@ -151,6 +151,10 @@ wire_v1::RankMessage to_answer(const StepResult& result) {
   to->set_step(result.step);
   to->set_sampled_digest(sampled_digest(result));
   to->set_error(result.error);
+  if (!result.timings.empty()) {
+    to->set_run_seconds(result.timings.front().run_seconds);
+    to->set_collective_seconds(result.timings.front().collective_seconds);
+  }
   return message;
 }
 

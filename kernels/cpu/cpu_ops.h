@@ -23,6 +23,9 @@ void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tenso
 void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
                     const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache);
 void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out);
+void copy_blocks(Stream& stream, std::span<const int32_t> from, std::span<const int32_t> to, const KvLayer& cache);
 void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts);
+void softmax_weights(const Stream& stream, std::span<const float> logits, float max, float scale,
+                     std::span<float> weights);
 
 }  // namespace octet::cpu

@@ -119,6 +119,18 @@ void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tenso
   });
 }
 
+// Keys and values side by side; a copy may read what the one before it wrote.
+void copy_blocks(Stream& stream, std::span<const int32_t> from, std::span<const int32_t> to, const KvLayer& cache) {
+  const int64_t blocks = static_cast<int64_t>(from.size());
+  const int64_t bytes = cache.keys.bytes() / cache.keys.dim(0);  // of a block, and as many of its values
+  char* const tensors[] = {static_cast<char*>(cache.keys.data()), static_cast<char*>(cache.values.data())};
+  stream.pool().parallel_for(2, blocks * bytes / 8, [&](int64_t tensor, int) {
+    for (int64_t i = 0; i < blocks; ++i) {
+      std::memcpy(tensors[tensor] + to[i] * bytes, tensors[tensor] + from[i] * bytes, static_cast<size_t>(bytes));
+    }
+  });
+}
+
 void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts) {
   const int64_t n = logits.dim(1);
   const int64_t groups = static_cast<int64_t>(group_ends.size());
@@ -130,6 +142,16 @@ void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t
     stream.kernels().softmax_part(from + item / groups * n + begin, group_ends[group] - begin, &to[2 * item],
                                   &to[2 * item + 1]);
   });
+}
+
+// Bound by arithmetic, where the logits are in a cache; taken in pieces that stay in the nearest one.
+void softmax_weights(const Stream& stream, std::span<const float> logits, float max, float scale,
+                     std::span<float> weights) {
+  for (size_t begin = 0; begin < logits.size(); begin += kSpan) {
+    const size_t end = std::min(begin + kSpan, logits.size());
+    for (size_t i = begin; i < end; ++i) weights[i] = (logits[i] - max) * scale;
+    stream.kernels().exp(&weights[begin], static_cast<int64_t>(end - begin), &weights[begin]);
+  }
 }
 
 }  // namespace octet::cpu
