@@ -2,13 +2,28 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <unistd.h>
+
+#include <fstream>
 #include <mutex>
 #include <optional>
 #include <utility>
 
+#include "coordinator/rpc_status.h"
 #include "octet/v1/control_service.grpc.pb.h"
 
 namespace octet {
+namespace {
+
+// Of this process. 0 when the system does not tell.
+int64_t resident_bytes() {
+  std::ifstream file("/proc/self/statm");
+  int64_t all_pages = 0, resident_pages = 0;
+  file >> all_pages >> resident_pages;
+  return resident_pages * sysconf(_SC_PAGESIZE);
+}
+
+}  // namespace
 
 struct ControlService::Impl final : public v1::ControlService::CallbackService {
   struct Open {
@@ -50,7 +65,7 @@ struct ControlService::Impl final : public v1::ControlService::CallbackService {
 
   grpc::ServerUnaryReactor* GetLoad(grpc::CallbackServerContext* context, const v1::GetLoadRequest*,
                                     v1::GetLoadResponse* response) override {
-    return answer(context, [response](const Open& open) {
+    return answer(context, [this, response](const Open& open) {
       const EngineStats stats = open.engine->stats();
       response->set_requests_waiting(stats.waiting);
       response->set_requests_running(stats.running);
@@ -59,7 +74,32 @@ struct ControlService::Impl final : public v1::ControlService::CallbackService {
       response->set_steps(stats.steps);
       response->set_prompt_tokens(stats.prompt_tokens);
       response->set_generated_tokens(stats.generated_tokens);
+      response->set_kv_blocks_cached(stats.blocks_cached);
+      response->set_cached_prompt_tokens(stats.cached_prompt_tokens);
+      response->set_preemptions(stats.preemptions);
+      response->set_resident_bytes(resident_bytes());
+      response->set_draining(actions.draining());
     });
+  }
+
+  grpc::ServerUnaryReactor* Abort(grpc::CallbackServerContext* context, const v1::AbortRequest* request,
+                                  v1::AbortResponse* response) override {
+    int32_t aborted = 0;
+    for (const std::string& id : request->request_ids()) aborted += actions.abort(id);
+    response->set_aborted(aborted);
+    return finished(context);
+  }
+
+  grpc::ServerUnaryReactor* Drain(grpc::CallbackServerContext* context, const v1::DrainRequest*,
+                                  v1::DrainResponse*) override {
+    actions.drain();
+    return finished(context);
+  }
+
+  static grpc::ServerUnaryReactor* finished(grpc::CallbackServerContext* context) {
+    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+    reactor->Finish(grpc::Status::OK);
+    return reactor;
   }
 
   template <typename Function>
@@ -70,16 +110,20 @@ struct ControlService::Impl final : public v1::ControlService::CallbackService {
       fill(*open);
       reactor->Finish(grpc::Status::OK);
     } else {
-      reactor->Finish({grpc::StatusCode::UNAVAILABLE, "the model is loading: try again later"});
+      reactor->Finish(to_rpc_status(
+          with_retry_hint(absl::UnavailableError("the model is loading: try again later"), absl::Seconds(1))));
     }
     return reactor;
   }
 
+  explicit Impl(ControlActions actions) : actions(std::move(actions)) {}
+
+  const ControlActions actions;
   std::mutex mutex;
   std::optional<Open> open;
 };
 
-ControlService::ControlService() : impl_(std::make_unique<Impl>()) {}
+ControlService::ControlService(ControlActions actions) : impl_(std::make_unique<Impl>(std::move(actions))) {}
 ControlService::~ControlService() = default;
 
 grpc::Service* ControlService::service() { return impl_.get(); }

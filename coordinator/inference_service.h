@@ -5,9 +5,11 @@
 
 #include <cstddef>
 #include <memory>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "coordinator/call_report.h"
 #include "coordinator/engine.h"
 #include "coordinator/served_model.h"
 
@@ -26,7 +28,8 @@ struct StreamLimits {
 // Any thread may call any of these.
 class InferenceService {
  public:
-  explicit InferenceService(const StreamLimits& limits = {});
+  // `listener`, if any, hears of every Generate and Chat call that has ended.
+  explicit InferenceService(const StreamLimits& limits = {}, CallListener listener = {});
   // REQUIRES: the gRPC server is shut down.
   ~InferenceService();
 
@@ -38,8 +41,10 @@ class InferenceService {
 
   // New calls are refused with this status, which is not OK.
   void refuse(const absl::Status& status);
-  // Every call under way ends with this status, as UNAVAILABLE; their requests are cancelled.
+  // Every call under way ends with this status; their requests are cancelled.
   void end_all(const absl::Status& status);
+  // Ends the calls of this request id with ABORTED; how many those were.
+  int32_t abort(const std::string& request_id);
   // Calls whose stream is still open.
   size_t calls() const;
 

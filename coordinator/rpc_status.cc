@@ -11,6 +11,7 @@ namespace octet {
 namespace {
 
 constexpr char kBadRequestUrl[] = "type.googleapis.com/google.rpc.BadRequest";
+constexpr char kRetryInfoUrl[] = "type.googleapis.com/google.rpc.RetryInfo";
 // A status travels as metadata, of which clients take 8 KiB by default.
 constexpr size_t kMaxViolations = 8;
 constexpr size_t kMaxMessageBytes = 2000;
@@ -33,17 +34,29 @@ absl::Status bad_request(const std::vector<FieldViolation>& violations) {
   return status;
 }
 
+absl::Status with_retry_hint(absl::Status status, absl::Duration delay) {
+  google::rpc::RetryInfo details;
+  const absl::Duration whole = absl::Floor(delay, absl::Seconds(1));
+  details.mutable_retry_delay()->set_seconds(absl::ToInt64Seconds(whole));
+  details.mutable_retry_delay()->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(delay - whole)));
+  status.SetPayload(kRetryInfoUrl, absl::Cord(details.SerializeAsString()));
+  return status;
+}
+
 grpc::Status to_rpc_status(const absl::Status& status) {
   if (status.ok()) return grpc::Status::OK;
   const auto code = static_cast<grpc::StatusCode>(status.code());
   const std::string message(status.message().substr(0, kMaxMessageBytes));
+  google::rpc::ErrorInfo info;
+  info.set_reason(absl::StatusCodeToString(status.code()));
+  info.set_domain("octet");
   google::rpc::Status details;
+  details.add_details()->PackFrom(info);
   status.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) {
     google::protobuf::Any* any = details.add_details();
     any->set_type_url(std::string(url));
     any->set_value(std::string(payload));
   });
-  if (details.details().empty()) return {code, message};
   details.set_code(code);
   details.set_message(message);
   return {code, message, details.SerializeAsString()};

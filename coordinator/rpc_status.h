@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 
 namespace octet {
 
@@ -20,7 +21,11 @@ struct FieldViolation {
 // empty.
 absl::Status bad_request(const std::vector<FieldViolation>& violations);
 
-// Same code and message; google.rpc details travel in grpc-status-details-bin.
+// The status, with the hint that trying again is worth it after `delay`, as google.rpc.RetryInfo.
+absl::Status with_retry_hint(absl::Status status, absl::Duration delay);
+
+// Same code and message; google.rpc details travel in grpc-status-details-bin: a google.rpc.ErrorInfo whose reason is
+// the code's name unless the status has one, and what the status brings.
 grpc::Status to_rpc_status(const absl::Status& status);
 
 }  // namespace octet

@@ -1,9 +1,13 @@
 #include "coordinator/server.h"
 
+#include <grpcpp/ext/channelz_service_plugin.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -13,18 +17,20 @@
 #include <cstring>
 #include <fstream>
 #include <mutex>
+#include <optional>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "coordinator/control_service.h"
 #include "coordinator/listen_address.h"
-#include "coordinator/token_auth.h"
 #include "grpc/health/v1/health.pb.h"
 
 namespace octet {
 namespace {
 
+constexpr char kUnixScheme[] = "unix:";
 constexpr const char* kServices[] = {"", "octet.v1.InferenceService", "octet.v1.ControlService"};
 
 // A listener out of file descriptors is wedged for good in this generation of gRPC, so it gets all that it may have.
@@ -59,20 +65,30 @@ std::string advertised_host(const ServerOptions& options, const ListenAddress& a
   return gethostname(name, sizeof(name) - 1) == 0 && name[0] != '\0' ? name : "localhost";
 }
 
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials_for(const ServerOptions& options,
-                                                                         const ListenAddress& address) {
-  if (!options.token_file.empty()) {
-    absl::StatusOr<std::string> token = read_token_file(options.token_file);
-    if (!token.ok()) return token.status();
-    return token_server_credentials(*token);
+// A socket that a killed server left behind is taken away; one that somebody listens at is not.
+absl::Status check_socket_path(const std::string& path) {
+  sockaddr_un address = {.sun_family = AF_UNIX, .sun_path = {}};
+  if (path.empty() || path[0] != '/' || path.size() >= sizeof address.sun_path) {
+    return absl::InvalidArgumentError(absl::StrCat("--control-address unix:", path,
+                                                   " must be an absolute path of at most ", sizeof address.sun_path - 1,
+                                                   " bytes"));
   }
-  if (!address.loopback && !options.insecure) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "the address ", address.to_string(),
-        " can be reached from other machines: give --token-file FILE, so that clients must show its token, or "
-        "--insecure if anyone there may use this server"));
+  std::memcpy(address.sun_path, path.data(), path.size());
+  struct stat facts = {};
+  if (lstat(path.c_str(), &facts) != 0) return absl::OkStatus();
+  if (!S_ISSOCK(facts.st_mode)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("--control-address unix:", path, " is a file: choose another path"));
   }
-  return grpc::InsecureServerCredentials();
+  const int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const bool answered = connect(probe, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0;
+  close(probe);
+  if (answered) {
+    return absl::UnavailableError(absl::StrCat("--control-address unix:", path,
+                                               " is in use: stop the server that has it, or choose another path"));
+  }
+  unlink(path.c_str());
+  return absl::OkStatus();
 }
 
 // Readers find the whole file or none.
@@ -93,50 +109,110 @@ absl::Status write_address_file(const std::string& path, const std::string& addr
 }  // namespace
 
 struct Server::Impl {
-  explicit Impl(const ServerOptions& options) : options(options), inference(options.streams) {}
+  explicit Impl(const ServerOptions& options)
+      : options(options),
+        inference(options.streams, options.on_call_end),
+        control({.abort = [this](const std::string& id) { return inference.abort(id); },
+                 .drain =
+                     [this] {
+                       if (this->options.on_drain) this->options.on_drain();
+                     },
+                 .draining = [this] { return draining.load(); }}) {}
+
+  absl::Status listen();
+  absl::Status listen_for_control();
 
   void set_serving(bool serving) {
     for (const char* name : kServices) server->GetHealthCheckService()->SetServingStatus(name, serving);
   }
 
   const ServerOptions options;
-  std::string address;
+  std::string address, control_address;
+  std::string control_socket;  // that was made here, and goes with the server
   InferenceService inference;
   ControlService control;
-  std::unique_ptr<grpc::Server> server;
+  std::unique_ptr<grpc::Server> server, control_server;
   std::mutex mutex;
   bool address_file_written = false;
-  bool draining = false;
+  std::atomic<bool> draining = false;
 };
 
-absl::StatusOr<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
-  absl::StatusOr<ListenAddress> address = parse_listen_address(options.address);
-  if (!address.ok()) return address.status();
-  absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials = credentials_for(options, *address);
+absl::Status Server::Impl::listen() {
+  absl::StatusOr<ListenAddress> parsed = parse_listen_address(options.address);
+  if (!parsed.ok()) return parsed.status();
+  absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials =
+      make_server_credentials(options.access, *parsed);
   if (!credentials.ok()) return credentials.status();
-  if (absl::Status status = check_bindable(*address); !status.ok()) return status;
-  raise_descriptor_limit();
+  if (absl::Status status = check_bindable(*parsed); !status.ok()) return status;
+  grpc::ServerBuilder builder;
+  int port = 0;
+  builder.AddListeningPort(parsed->to_string(), *credentials, &port);
+  builder.RegisterService(inference.service());
+  if (options.control_address.empty()) builder.RegisterService(control.service());
+  set_limits(&builder);
+  server = builder.BuildAndStart();
+  if (server == nullptr || port == 0) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot listen at ", parsed->to_string(), ": its port was taken this very moment; try again"));
+  }
+  set_serving(false);
+  parsed->host = advertised_host(options, *parsed);
+  parsed->port = port;
+  address = parsed->to_string();
+  return absl::OkStatus();
+}
 
+// A listener of its own, so that who may ask the model something need not be able to end the server.
+absl::Status Server::Impl::listen_for_control() {
+  control_address = address;
+  if (options.control_address.empty()) return absl::OkStatus();
+  grpc::ServerBuilder builder;
+  builder.RegisterService(control.service());
+  set_limits(&builder);
+  int port = 0;
+  std::optional<ListenAddress> parsed;
+  if (absl::StartsWith(options.control_address, kUnixScheme)) {
+    const std::string path = options.control_address.substr(std::strlen(kUnixScheme));
+    if (absl::Status status = check_socket_path(path); !status.ok()) return status;
+    builder.AddListeningPort(options.control_address, grpc::InsecureServerCredentials());
+  } else {
+    absl::StatusOr<ListenAddress> found = parse_listen_address(options.control_address);
+    if (!found.ok()) return found.status();
+    parsed = *found;
+    absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials =
+        make_server_credentials(options.access, *parsed);
+    if (!credentials.ok()) return credentials.status();
+    if (absl::Status status = check_bindable(*parsed); !status.ok()) return status;
+    builder.AddListeningPort(parsed->to_string(), *credentials, &port);
+  }
+  // Nobody but its owner may connect, from the first moment on.
+  const mode_t mask = umask(0177);
+  control_server = builder.BuildAndStart();
+  umask(mask);
+  if (control_server == nullptr) {
+    return absl::UnavailableError(absl::StrCat("cannot listen at --control-address ", options.control_address,
+                                               ": its port or path was taken this very moment; try again"));
+  }
+  control_address = options.control_address;
+  if (!parsed.has_value()) control_socket = control_address.substr(std::strlen(kUnixScheme));
+  if (parsed.has_value()) {
+    parsed->host = advertised_host(options, *parsed);
+    parsed->port = port;
+    control_address = parsed->to_string();
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Server>> Server::start(const ServerOptions& options) {
+  raise_descriptor_limit();
   grpc::EnableDefaultHealthCheckService(true);
   // gRPC answers health without a descriptor; this links ours, so that reflection can tell what health is.
   google::protobuf::LinkMessageReflection<grpc::health::v1::HealthCheckRequest>();
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  if (options.channelz) grpc::channelz::experimental::InitChannelzService();
   std::unique_ptr<Server> server(new Server(std::make_unique<Impl>(options)));
-  grpc::ServerBuilder builder;
-  int port = 0;
-  builder.AddListeningPort(address->to_string(), *credentials, &port);
-  builder.RegisterService(server->impl_->inference.service());
-  builder.RegisterService(server->impl_->control.service());
-  set_limits(&builder);
-  server->impl_->server = builder.BuildAndStart();
-  if (server->impl_->server == nullptr || port == 0) {
-    return absl::UnavailableError(
-        absl::StrCat("cannot listen at ", address->to_string(), ": its port was taken this very moment; try again"));
-  }
-  server->impl_->set_serving(false);
-  address->host = advertised_host(options, *address);
-  address->port = port;
-  server->impl_->address = address->to_string();
+  if (absl::Status status = server->impl_->listen(); !status.ok()) return status;
+  if (absl::Status status = server->impl_->listen_for_control(); !status.ok()) return status;
   return server;
 }
 
@@ -145,6 +221,7 @@ Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Server::~Server() { shutdown(absl::UnavailableError("the server has shut down"), absl::ZeroDuration()); }
 
 const std::string& Server::address() const { return impl_->address; }
+const std::string& Server::control_address() const { return impl_->control_address; }
 
 absl::Status Server::open(const ServerFacts& facts, std::shared_ptr<const ServedModel> model, Engine* engine) {
   const std::lock_guard lock(impl_->mutex);
@@ -160,7 +237,7 @@ absl::Status Server::open(const ServerFacts& facts, std::shared_ptr<const Served
 
 void Server::drain() {
   const std::lock_guard lock(impl_->mutex);
-  if (std::exchange(impl_->draining, true)) return;
+  if (impl_->draining.exchange(true)) return;
   impl_->set_serving(false);
   impl_->inference.refuse(
       absl::UnavailableError("the server is shutting down and takes no new requests: ask another one"));
@@ -173,9 +250,13 @@ void Server::shutdown(const absl::Status& cause, absl::Duration patience) {
   impl_->inference.end_all(cause);
   const absl::Time deadline = absl::Now() + patience;
   while (impl_->inference.calls() > 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(1));
-  impl_->server->Shutdown(absl::ToChronoTime(absl::Now()));  // whoever watches health would stay for ever
-  impl_->server->Wait();
-  impl_->server.reset();
+  for (std::unique_ptr<grpc::Server>* server : {&impl_->server, &impl_->control_server}) {
+    if (*server == nullptr) continue;
+    (*server)->Shutdown(absl::ToChronoTime(absl::Now()));  // whoever watches health would stay for ever
+    (*server)->Wait();
+    server->reset();
+  }
+  if (!impl_->control_socket.empty()) unlink(impl_->control_socket.c_str());
 }
 
 }  // namespace octet

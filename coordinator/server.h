@@ -2,25 +2,31 @@
 // and one set of limits. Invariant: health says SERVING only between open() and drain().
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "coordinator/call_report.h"
 #include "coordinator/engine.h"
 #include "coordinator/inference_service.h"
 #include "coordinator/served_model.h"
+#include "coordinator/server_credentials.h"
 
 namespace octet {
 
 struct ServerOptions {
-  std::string address;         // HOST:PORT; port 0: one that is free
-  std::string address_file;    // written when serving, removed at shutdown; empty: none
-  std::string token_file;      // empty: no token is asked for
-  bool insecure = false;       // a non-loopback address without a token, knowingly
-  std::string advertise_host;  // what others call this machine; empty: its host name. Only for wildcard addresses
+  std::string address;          // HOST:PORT; port 0: one that is free
+  std::string address_file;     // written when serving, removed at shutdown; empty: none
+  std::string control_address;  // HOST:PORT or unix:/PATH of ControlService; empty: beside the others
+  AccessOptions access;         // of both; a Unix socket is its owner's alone and needs none
+  std::string advertise_host;   // what others call this machine; empty: its host name. Only for wildcard addresses
+  bool channelz = false;        // serve grpc.channelz, for looking into connections
   StreamLimits streams;
+  std::function<void()> on_drain;  // ControlService.Drain was called. Any thread; returns at once
+  CallListener on_call_end;
 };
 
 class Server {
@@ -33,6 +39,8 @@ class Server {
 
   // HOST:PORT for clients: the port that was bound, never a wildcard.
   const std::string& address() const;
+  // Of ControlService; where the options name none, address().
+  const std::string& control_address() const;
 
   // Serves. `engine` must outlive shutdown(). Fails when the address file cannot be written.
   absl::Status open(const ServerFacts& facts, std::shared_ptr<const ServedModel> model, Engine* engine);

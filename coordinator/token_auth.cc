@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <grpc/grpc.h>
 #include <grpc/grpc_security.h>
+#include <grpcpp/security/auth_metadata_processor.h>
 #include <grpcpp/security/server_credentials.h>
 #include <openssl/crypto.h>
 #include <openssl/sha.h>
@@ -37,6 +38,9 @@ absl::string_view view_of(const grpc_slice& slice) {
   return {reinterpret_cast<const char*>(GRPC_SLICE_START_PTR(slice)), GRPC_SLICE_LENGTH(slice)};
 }
 
+constexpr char kRefusal[] =
+    "this server wants the metadata \"authorization: Bearer TOKEN\" with the token of its --token-file";
+
 // The one thing it knows is the digest: the token itself is not kept.
 class TokenCheck {
  public:
@@ -49,8 +53,11 @@ class TokenCheck {
       if (found != nullptr) return false;  // two of them: which one counts would be a game
       found = &metadata[i];
     }
-    if (found == nullptr) return false;
-    absl::string_view value = view_of(found->value);
+    return found != nullptr && accepts(view_of(found->value));
+  }
+
+  // The value of an authorization header.
+  bool accepts(absl::string_view value) const {
     constexpr absl::string_view kScheme = "bearer ";
     if (!absl::StartsWithIgnoreCase(value, kScheme)) return false;
     const Digest given = digest_of(value.substr(kScheme.size()));
@@ -62,8 +69,7 @@ class TokenCheck {
     if (static_cast<TokenCheck*>(state)->accepts(metadata, count)) {
       done(user_data, nullptr, 0, nullptr, 0, GRPC_STATUS_OK, nullptr);
     } else {
-      done(user_data, nullptr, 0, nullptr, 0, GRPC_STATUS_UNAUTHENTICATED,
-           "this server wants the metadata \"authorization: Bearer TOKEN\" with the token of its --token-file");
+      done(user_data, nullptr, 0, nullptr, 0, GRPC_STATUS_UNAUTHENTICATED, kRefusal);
     }
   }
 
@@ -71,6 +77,21 @@ class TokenCheck {
 
  private:
   Digest digest_;
+};
+
+class TokenMetadataProcessor final : public grpc::AuthMetadataProcessor {
+ public:
+  explicit TokenMetadataProcessor(absl::string_view token) : check_(token) {}
+  bool IsBlocking() const override { return false; }
+  grpc::Status Process(const InputMetadata& metadata, grpc::AuthContext*, OutputMetadata*, OutputMetadata*) override {
+    const auto found = metadata.find("authorization");
+    const bool good = metadata.count("authorization") == 1 &&
+                      check_.accepts(absl::string_view(found->second.data(), found->second.size()));
+    return good ? grpc::Status::OK : grpc::Status(grpc::StatusCode::UNAUTHENTICATED, kRefusal);
+  }
+
+ private:
+  TokenCheck check_;
 };
 
 // gRPC's own C++ class for plain text credentials refuses a metadata processor; the C core beneath it does not.
@@ -133,6 +154,11 @@ absl::StatusOr<std::string> read_token_file(const std::string& path) {
 std::shared_ptr<grpc::ServerCredentials> token_server_credentials(const std::string& token) {
   OCTET_CHECK(!token.empty(), "a server with an empty token would be open");
   return std::make_shared<TokenServerCredentials>(token);
+}
+
+std::shared_ptr<grpc::AuthMetadataProcessor> token_metadata_processor(const std::string& token) {
+  OCTET_CHECK(!token.empty(), "a server with an empty token would be open");
+  return std::make_shared<TokenMetadataProcessor>(token);
 }
 
 }  // namespace octet

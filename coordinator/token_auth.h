@@ -9,8 +9,9 @@
 #include "absl/status/statusor.h"
 
 namespace grpc {
+class AuthMetadataProcessor;
 class ServerCredentials;
-}
+}  // namespace grpc
 
 namespace octet {
 
@@ -21,5 +22,8 @@ absl::StatusOr<std::string> read_token_file(const std::string& path);
 // Credentials for ServerBuilder::AddListeningPort: plain text transport, and every call needs the metadata
 // "authorization: Bearer TOKEN" or ends with UNAUTHENTICATED. REQUIRES: token is not empty.
 std::shared_ptr<grpc::ServerCredentials> token_server_credentials(const std::string& token);
+
+// The same check for credentials that encrypt: grpc::ServerCredentials::SetAuthMetadataProcessor. REQUIRES: as above.
+std::shared_ptr<grpc::AuthMetadataProcessor> token_metadata_processor(const std::string& token);
 
 }  // namespace octet

@@ -23,6 +23,7 @@
 #include "coordinator/served_model.h"
 #include "coordinator/server.h"
 #include "launch/bootstrap.h"
+#include "launch/log.h"
 #include "launch/options.h"
 #include "launch/progress.h"
 #include "launch/version.h"
@@ -43,7 +44,10 @@ struct ServeOptions {
   ServerOptions server{.address = "127.0.0.1:50051"};
   std::string pretend_nodes;
   int max_waiting = 1024;
+  bool prefix_cache = true;
   double drain_seconds = 1.0;
+  double stall_seconds = 30.0;
+  LogFormat log_format = LogFormat::kText;
 };
 
 // Where a signal that means drain is noticed: the handler writes, rank 0's main thread reads.
@@ -69,7 +73,18 @@ std::string host_name() {
   return name;
 }
 
-void log(const std::string& line) { std::fprintf(stderr, "octet: %s\n", line.c_str()); }
+// One line for each call that has ended.
+void log_call(const CallReport& call) {
+  nlohmann::ordered_json fields = {{"method", call.method}, {"request_id", call.request_id}, {"status", call.status}};
+  if (!call.trace_id.empty()) fields["trace_id"] = call.trace_id;
+  fields.update({{"prompt_tokens", call.prompt_tokens},
+                 {"cached_tokens", call.cached_tokens},
+                 {"completion_tokens", call.completion_tokens},
+                 {"first_token_seconds", call.first_token_seconds},
+                 {"total_seconds", call.total_seconds}});
+  if (!call.message.empty()) fields["error"] = call.message;
+  log_line(LogLevel::kInfo, "call ended", fields);
+}
 
 // The last resort: a rank inside a collective whose peers are gone never comes back, so its process ends here.
 [[noreturn]] void end_process(int rank, const absl::Status& cause) {
@@ -109,7 +124,7 @@ class Rank {
       return status;
     if (absl::Status status = job_.all_equal("numerics id", id); !status.ok()) return status;
     if (!leads()) return absl::OkStatus();
-    for (const std::string& warning : checkpoint_->warnings()) log("warning: " + warning);
+    for (const std::string& warning : checkpoint_->warnings()) log_line(LogLevel::kWarning, warning);
     return open_text();
   }
 
@@ -156,7 +171,12 @@ class Rank {
   // Before the weights are loaded is the time to find out that a port is taken.
   absl::Status listen() {
     if (!leads()) return absl::OkStatus();
-    absl::StatusOr<std::unique_ptr<Server>> server = Server::start(options_.server);
+    drain_event = eventfd(0, EFD_CLOEXEC);
+    ServerOptions server_options = options_.server;
+    server_options.streams.stall = absl::Seconds(options_.stall_seconds);
+    server_options.on_drain = [] { on_drain_signal(0); };
+    server_options.on_call_end = log_call;
+    absl::StatusOr<std::unique_ptr<Server>> server = Server::start(server_options);
     if (!server.ok()) return server.status();
     server_ = *std::move(server);
     return absl::OkStatus();
@@ -196,7 +216,6 @@ class Rank {
                                   .remote_ranks = job_.local_size() < job_.size(),
                                   .host = host_name(),
                                   .on_failure = [this](const absl::Status& cause) { fail(cause); }};
-    drain_event = eventfd(0, EFD_CLOEXEC);
     absl::StatusOr<std::unique_ptr<RpcWorkerGroup>> group =
         RpcWorkerGroup::listen(options, [this](const StepPlan& plan) { return worker_->run(plan); });
     if (!group.ok()) return group.status();
@@ -220,8 +239,10 @@ class Rank {
 
     on_drain_signals(on_drain_signal);
     std::optional<Engine> engine;
-    engine.emplace(EngineOptions{.limits = plan_->limits, .max_waiting = options_.max_waiting}, group_.get(),
-                   [this](const absl::Status& cause) { fail(cause); });
+    engine.emplace(
+        EngineOptions{
+            .limits = plan_->limits, .max_waiting = options_.max_waiting, .prefix_cache = options_.prefix_cache},
+        group_.get(), [this](const absl::Status& cause) { fail(cause); });
     model_->limits = plan_->limits;
     const ServerFacts facts{
         .version = kVersion,
@@ -312,6 +333,7 @@ int run_serve(const ServeOptions& options) {
     log(std::string(job.status().message()));
     return 1;
   }
+  start_log(options.log_format, (*job)->rank());
   // Every rank has the same status; one says it.
   const absl::Status status = Rank(options, **job).run();
   if (!status.ok() && (*job)->rank() == 0) log(std::string(status.message()));
@@ -332,14 +354,39 @@ void add_serve_command(CLI::App& app, int* exit_code) {
       ->capture_default_str();
   command->add_option("--address-file", options->server.address_file,
                       "File that gets {\"grpc\": \"HOST:PORT\"} when ready, for octet generate --address-file");
-  command->add_option("--token-file", options->server.token_file,
+  AccessOptions& access = options->server.access;
+  command->add_option("--token-file", access.token_file,
                       "File with the token that every call must carry (authorization: Bearer TOKEN)");
-  command->add_flag("--insecure", options->server.insecure, "Listen beyond this machine without a token, knowingly");
+  command->add_option("--tls-cert", access.tls_cert,
+                      "PEM file with this server's certificate chain: TLS instead of plain text");
+  command->add_option("--tls-key", access.tls_key, "PEM file with its private key");
+  command->add_option("--tls-client-ca", access.tls_client_ca,
+                      "PEM file with authorities: clients must have a certificate of theirs");
+  command->add_option("--control-address", options->server.control_address,
+                      "HOST:PORT or unix:/PATH where ControlService listens instead of beside the others");
+  command->add_flag("--channelz", options->server.channelz, "Serve grpc.channelz, for looking into connections");
+  command->add_flag("--insecure", options->server.access.insecure,
+                    "Listen beyond this machine without a token, knowingly");
   command->add_option("--advertise-host", options->server.advertise_host,
                       "What others call this machine, for the address file [its host name]");
-  command->add_option("--max-waiting", options->max_waiting, "Requests that may wait for a slot; more are refused")
+  command->add_option("--max-waiting", options->max_waiting, "Outputs that may wait for a slot; more are refused")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  command->add_flag("!--no-prefix-cache", options->prefix_cache,
+                    "Compute every prompt whole, although its beginning was computed before");
+  command
+      ->add_option("--stall-seconds", options->stall_seconds,
+                   "A client that reads nothing for this long while its answer waits loses its call")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      ->add_option_function<std::string>(
+          "--log-format",
+          [options](const std::string& name) {
+            options->log_format = name == "json" ? LogFormat::kJson : LogFormat::kText;
+          },
+          "Lines on standard error: text, or json, one object each [text]")
+      ->check(CLI::IsMember({"text", "json"}));
   command
       ->add_option("--drain-seconds", options->drain_seconds,
                    "Time that requests under way get when the server is told to end; mpirun itself allows about 2 s")

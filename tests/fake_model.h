@@ -142,6 +142,11 @@ class FakeWorkerGroup final : public WorkerGroup {
     StepResult result{.step = plan.step, .sampled = {}, .error = {}};
     for (const SlotOpen& open : plan.open) slots_[open.slot] = {.outputs = 0, .top = open.sampling.top_logprobs};
     for (const SlotTokens& run : plan.run) {
+      for (int32_t i = 0; i < run.scores(); ++i) {
+        const int32_t follows = i + 1 < run.count() ? run.tokens[i + 1] : run.next_token;
+        result.scored.push_back({.slot = run.slot, .chosen = {follows, -0.5f}, .top = {}});
+        for (int32_t t = 0; t < run.score_top; ++t) result.scored.back().top.push_back({t, -1.0f - t});
+      }
       if (!run.sample) continue;
       Slot& slot = slots_[run.slot];
       const size_t i = slot.outputs++;

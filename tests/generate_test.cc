@@ -161,7 +161,7 @@ TEST(GenerateCommand, ShowsTheTokenOfItsFile) {
   std::ofstream(path) << "s3cret\n";
   chmod(path.c_str(), 0600);
   ServerOptions options;
-  options.token_file = path;
+  options.access.token_file = path;
   FakeServer fake(options, "hello");
   EXPECT_EQ(run(parse_for(fake, {"--prompt", "x", "--token-file", path})).out, "hello\n");
   EXPECT_EQ(run(parse_for(fake, {"--prompt", "x", "--token-file", path, "--wait", "5"})).out, "hello\n");

@@ -39,11 +39,13 @@ const std::vector<Library>& libraries() {
       {"CUDA", std::regex("(cuda|cublas|cudnn|nvtx|cub/|cute/|cutlass|driver_types|vector_types).*"),
        std::regex("kernels/cuda/.*|worker/collective/(nccl|cuda_ipc)_communicator.*|tests/.*")},
       {"gRPC", std::regex("(grpc|grpcpp|grpc\\+\\+)/.*|.*\\.grpc\\.pb\\.h"),
-       std::regex("worker/worker_service.*|coordinator/(rpc_.*|.*_service|token_auth|server)\\..*|launch/.*|tests/.*")},
+       std::regex("worker/worker_service.*|coordinator/(rpc_.*|.*_service|.*_call|token_auth|server.*)\\..*|launch/"
+                  ".*|tests/.*")},
       {"protobuf", std::regex("google/(protobuf|rpc)/.*|.*\\.pb\\.h"),
        std::regex("worker/(worker_service|step_wire).*|"
-                  "coordinator/(rpc_.*|.*_service|token_auth|server|generate_.*)\\..*|launch/.*|tests/.*")},
+                  "coordinator/(rpc_.*|.*_service|token_auth|server.*|generate_.*)\\..*|launch/.*|tests/.*")},
       {"PCRE2", std::regex("pcre2.*\\.h"), std::regex("coordinator/text/.*|tests/.*")},
+      {"spdlog", std::regex("spdlog/.*"), std::regex("launch/log\\..*|tests/.*")},
       {"libsodium", std::regex("sodium.*"), std::regex("coordinator/prefix_index\\..*|tests/.*")},
       {"CLI11", std::regex("CLI/.*"), std::regex("launch/.*|tests/.*")},
   };

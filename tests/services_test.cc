@@ -25,109 +25,17 @@
 #include "coordinator/generate_request.h"
 #include "coordinator/server.h"
 #include "coordinator/text/utf8.h"
-#include "tests/fake_server.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "octet/v1/control_service.grpc.pb.h"
 #include "octet/v1/inference_service.grpc.pb.h"
+#include "tests/service_house.h"
 
 namespace octet {
 namespace {
 
 using std::chrono::milliseconds;
-
-// What a client saw of one Generate call.
-struct Heard {
-  grpc::Status status;
-  std::vector<v1::GenerateResponse> messages;
-
-  std::string text() const {
-    std::string text;
-    for (const auto& message : messages) text += message.text();
-    return text;
-  }
-  std::vector<int32_t> token_ids() const {
-    std::vector<int32_t> ids;
-    for (const auto& message : messages) {
-      for (const auto& token : message.tokens()) ids.push_back(token.token_id());
-    }
-    return ids;
-  }
-  const v1::GenerateResponse& last() const { return messages.back(); }
-};
-
-struct Service : FakeServer {
-  explicit Service(ServerOptions options = {}, const std::string& answer = "hello, world",
-                   ServedModel model = fake_model())
-      : FakeServer(std::move(options), answer, std::move(model)),
-        channel(grpc::CreateChannel(server->address(), grpc::InsecureChannelCredentials())),
-        inference(v1::InferenceService::NewStub(channel)),
-        control(v1::ControlService::NewStub(channel)) {}
-
-  Heard generate(const v1::GenerateRequest& request, grpc::ClientContext* context = nullptr) {
-    grpc::ClientContext own;
-    if (context == nullptr) context = &own;
-    Heard heard;
-    auto reader = inference->Generate(context, request);
-    for (v1::GenerateResponse message; reader->Read(&message);) heard.messages.push_back(message);
-    heard.status = reader->Finish();
-    return heard;
-  }
-
-  // Nothing is left of any request.
-  void expect_quiet() {
-    EXPECT_TRUE(wait_quiet());
-    const EngineStats stats = engine->stats();
-    EXPECT_EQ(stats.blocks_free, stats.blocks_total);
-    EXPECT_EQ(stats.waiting + stats.running, 0);
-  }
-
-  std::shared_ptr<grpc::Channel> channel;
-  std::unique_ptr<v1::InferenceService::Stub> inference;
-  std::unique_ptr<v1::ControlService::Stub> control;
-};
-
-v1::GenerateRequest prompt(const std::string& text) {
-  v1::GenerateRequest request;
-  request.set_prompt(text);
-  return request;
-}
-
-// The rules of every stream that ends well: one terminal message, the last; prompt ids in the first and usage in the
-// last only.
-void expect_well_formed(const Heard& heard) {
-  ASSERT_TRUE(heard.status.ok()) << heard.status.error_message();
-  ASSERT_FALSE(heard.messages.empty());
-  for (size_t i = 0; i < heard.messages.size(); ++i) {
-    const v1::GenerateResponse& message = heard.messages[i];
-    const bool last = i + 1 == heard.messages.size();
-    EXPECT_EQ(message.finish_reason() != v1::FINISH_REASON_UNSPECIFIED, last);
-    EXPECT_EQ(message.has_usage(), last);
-    EXPECT_EQ(message.prompt_token_ids().empty(), i != 0);
-    EXPECT_TRUE(is_valid_utf8(message.text()));
-  }
-  EXPECT_EQ(heard.last().usage().completion_tokens(), static_cast<int32_t>(heard.token_ids().size()));
-}
-
-class TemporaryDirectory {
- public:
-  TemporaryDirectory() {
-    path_ = testing::TempDir() + "octet_services_XXXXXX";
-    if (mkdtemp(path_.data()) == nullptr) ADD_FAILURE() << path_;
-  }
-  ~TemporaryDirectory() { EXPECT_EQ(std::system(absl::StrCat("rm -rf ", path_).c_str()), 0); }
-  std::string write(const std::string& name, const std::string& text, mode_t mode = 0600) const {
-    const std::string path = absl::StrCat(path_, "/", name);
-    std::ofstream(path) << text;
-    chmod(path.c_str(), mode);
-    return path;
-  }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
 
 // ---------------------------------------------------------------------------------------------------------- Generate
 
@@ -318,6 +226,24 @@ TEST(Generate, RefusesBadInputNamingTheField) {
       {"chat.date",
        [](auto* r) { r->mutable_chat()->add_messages(), r->mutable_chat()->set_date(std::string(100, '1')); }},
       {"sampling.temperature", [](auto* r) { r->mutable_sampling()->set_temperature(-0.5f); }},
+      {"sampling.presence_penalty", [](auto* r) { r->mutable_sampling()->set_presence_penalty(2.5f); }},
+      {"sampling.frequency_penalty", [](auto* r) { r->mutable_sampling()->set_frequency_penalty(kNan); }},
+      {"sampling.repetition_penalty", [](auto* r) { r->mutable_sampling()->set_repetition_penalty(0); }},
+      {"sampling.repetition_penalty", [](auto* r) { r->mutable_sampling()->set_repetition_penalty(kInf); }},
+      {"sampling.logit_bias[263]", [](auto* r) { (*r->mutable_sampling()->mutable_logit_bias())[263] = 1; }},
+      {"sampling.logit_bias[-1]", [](auto* r) { (*r->mutable_sampling()->mutable_logit_bias())[-1] = 1; }},
+      {"sampling.logit_bias[7]", [](auto* r) { (*r->mutable_sampling()->mutable_logit_bias())[7] = 101; }},
+      {"sampling.logit_bias[7]", [](auto* r) { (*r->mutable_sampling()->mutable_logit_bias())[7] = kNan; }},
+      {"sampling.allowed_token_ids[0]", [](auto* r) { r->mutable_sampling()->add_allowed_token_ids(kMax); }},
+      {"sampling.bad_words[0]", [](auto* r) { r->mutable_sampling()->add_bad_words(""); }},
+      {"sampling.bad_words[0]", [](auto* r) { r->mutable_sampling()->add_bad_words(std::string(300, 'x')); }},
+      {"sampling.n", [](auto* r) { r->mutable_sampling()->set_n(0); }},
+      {"sampling.n", [](auto* r) { r->mutable_sampling()->set_n(65); }},
+      {"prompt_logprobs", [](auto* r) { r->set_prompt_logprobs(21); }},
+      {"prompt_logprobs", [](auto* r) { r->set_prompt_logprobs(-1); }},
+      {"priority", [](auto* r) { r->set_priority(10); }},
+      {"cache_salt", [](auto* r) { r->set_cache_salt(std::string(257, 's')); }},
+      {"echo", [](auto* r) { r->mutable_chat()->add_messages()->set_role("user"), r->set_echo(true); }},
       {"sampling.temperature", [](auto* r) { r->mutable_sampling()->set_temperature(kNan); }},
       {"sampling.temperature", [](auto* r) { r->mutable_sampling()->set_temperature(kInf); }},
       {"sampling.top_p", [](auto* r) { r->mutable_sampling()->set_top_p(0); }},
@@ -382,9 +308,9 @@ TEST(Generate, NamesEveryBadFieldAtOnceInGoogleRpcDetails) {
   ASSERT_TRUE(status.ParseFromString(heard.status.error_details()));
   EXPECT_EQ(status.code(), grpc::StatusCode::INVALID_ARGUMENT);
   EXPECT_EQ(status.message(), heard.status.error_message());
-  ASSERT_EQ(status.details_size(), 1);
+  ASSERT_EQ(status.details_size(), 2) << "ErrorInfo, and this";
   google::rpc::BadRequest details;
-  ASSERT_TRUE(status.details(0).UnpackTo(&details));
+  ASSERT_TRUE(status.details(1).UnpackTo(&details));
   ASSERT_EQ(details.field_violations_size(), 3);
   EXPECT_EQ(details.field_violations(0).field(), "sampling.temperature");
   EXPECT_EQ(details.field_violations(0).description(), "must be 0 (greedy) or a positive number, found -1");
@@ -680,12 +606,8 @@ TEST(Server, IsHealthyOnlyWhileItServes) {
   using grpc::health::v1::HealthCheckResponse;
   TemporaryDirectory directory;
   const std::string address_file = directory.path() + "/address.json";
-  auto started = Server::start({.address = "127.0.0.1:0",
-                                .address_file = address_file,
-                                .token_file = {},
-                                .insecure = false,
-                                .advertise_host = {},
-                                .streams = {}});
+  auto started = Server::start(
+      {.address = "127.0.0.1:0", .address_file = address_file, .access = {}, .advertise_host = {}, .streams = {}});
   ASSERT_TRUE(started.ok()) << started.status();
   std::unique_ptr<Server> server = *std::move(started);
   auto channel = grpc::CreateChannel(server->address(), grpc::InsecureChannelCredentials());
@@ -720,19 +642,14 @@ TEST(Server, IsHealthyOnlyWhileItServes) {
 }
 
 TEST(Server, RefusesAPortInUseWithASentence) {
-  auto first = Server::start({.address = "127.0.0.1:0",
-                              .address_file = {},
-                              .token_file = {},
-                              .insecure = false,
-                              .advertise_host = {},
-                              .streams = {}});
+  auto first =
+      Server::start({.address = "127.0.0.1:0", .address_file = {}, .access = {}, .advertise_host = {}, .streams = {}});
   ASSERT_TRUE(first.ok());
   const std::vector<std::string> parts = absl::StrSplit((*first)->address(), ':');
   for (const std::string& host : {std::string("127.0.0.1"), std::string("0.0.0.0"), std::string("[::]")}) {
     auto second = Server::start({.address = absl::StrCat(host, ":", parts[1]),
                                  .address_file = {},
-                                 .token_file = {},
-                                 .insecure = true,
+                                 .access = {.insecure = true},
                                  .advertise_host = {},
                                  .streams = {}});
     EXPECT_EQ(second.status().code(), absl::StatusCode::kUnavailable) << host << " " << second.status();
@@ -741,19 +658,14 @@ TEST(Server, RefusesAPortInUseWithASentence) {
 }
 
 TEST(Server, NeverAdvertisesAWildcard) {
-  auto any = Server::start({.address = "0.0.0.0:0",
-                            .address_file = {},
-                            .token_file = {},
-                            .insecure = true,
-                            .advertise_host = {},
-                            .streams = {}});
+  auto any = Server::start(
+      {.address = "0.0.0.0:0", .address_file = {}, .access = {.insecure = true}, .advertise_host = {}, .streams = {}});
   ASSERT_TRUE(any.ok()) << any.status();
   EXPECT_FALSE(absl::StartsWith((*any)->address(), "0.0.0.0")) << (*any)->address();
   EXPECT_FALSE(absl::EndsWith((*any)->address(), ":0"));
   auto named = Server::start({.address = "0.0.0.0:0",
                               .address_file = {},
-                              .token_file = {},
-                              .insecure = true,
+                              .access = {.insecure = true},
                               .advertise_host = "node7.cluster",
                               .streams = {}});
   ASSERT_TRUE(named.ok());
@@ -763,18 +675,13 @@ TEST(Server, NeverAdvertisesAWildcard) {
 TEST(Server, RefusesAddressesThatMakeNoSense) {
   for (const char* address : {"", "localhost", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:65536", "127.0.0.1:-1", ":50051",
                               "::1:50051", "no.such.host.invalid:1"}) {
-    auto server = Server::start({.address = address,
-                                 .address_file = {},
-                                 .token_file = {},
-                                 .insecure = true,
-                                 .advertise_host = {},
-                                 .streams = {}});
+    auto server = Server::start(
+        {.address = address, .address_file = {}, .access = {.insecure = true}, .advertise_host = {}, .streams = {}});
     EXPECT_EQ(server.status().code(), absl::StatusCode::kInvalidArgument) << address << ": " << server.status();
   }
   auto elsewhere = Server::start({.address = "192.0.2.1:0",
                                   .address_file = {},
-                                  .token_file = {},
-                                  .insecure = true,
+                                  .access = {.insecure = true},
                                   .advertise_host = {},
                                   .streams = {}});
   EXPECT_EQ(elsewhere.status().code(), absl::StatusCode::kFailedPrecondition) << elsewhere.status();
@@ -783,8 +690,7 @@ TEST(Server, RefusesAddressesThatMakeNoSense) {
 TEST(Server, SaysWhenTheAddressFileCannotBeWritten) {
   ServerOptions options{.address = "127.0.0.1:0",
                         .address_file = "/nonexistent/address.json",
-                        .token_file = {},
-                        .insecure = false,
+                        .access = {},
                         .advertise_host = {},
                         .streams = {}};
   auto server = Server::start(options);
@@ -805,8 +711,7 @@ TEST(TokenFile, IsRefusedWhenOthersCanReadItOrItSaysNothing) {
   const auto start = [&](const std::string& token_file) {
     return Server::start({.address = "127.0.0.1:0",
                           .address_file = {},
-                          .token_file = token_file,
-                          .insecure = false,
+                          .access = {.token_file = token_file},
                           .advertise_host = {},
                           .streams = {}})
         .status();
@@ -825,17 +730,12 @@ TEST(TokenFile, IsRefusedWhenOthersCanReadItOrItSaysNothing) {
 
 TEST(Server, AsksForATokenOrAWordWhenOthersCanReachIt) {
   TemporaryDirectory directory;
-  ServerOptions options{.address = "0.0.0.0:0",
-                        .address_file = {},
-                        .token_file = {},
-                        .insecure = false,
-                        .advertise_host = {},
-                        .streams = {}};
+  ServerOptions options{.address = "0.0.0.0:0", .address_file = {}, .access = {}, .advertise_host = {}, .streams = {}};
   const absl::Status refused = Server::start(options).status();
   EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_TRUE(absl::StrContains(refused.message(), "--token-file")) << refused;
   EXPECT_TRUE(absl::StrContains(refused.message(), "--insecure")) << refused;
-  options.token_file = directory.write("token", "secret\n");
+  options.access.token_file = directory.write("token", "secret\n");
   EXPECT_TRUE(Server::start(options).ok());
 }
 
@@ -922,7 +822,7 @@ std::vector<std::string> methods_by_reflection(const std::shared_ptr<grpc::Chann
 TEST(TokenAuth, StandsBeforeEveryMethodOfEveryService) {
   TemporaryDirectory directory;
   ServerOptions options;
-  options.token_file = directory.write("token", "s3cret\n");
+  options.access.token_file = directory.write("token", "s3cret\n");
   Service service(options);
   std::vector<std::string> methods = methods_by_reflection(service.channel, "s3cret");
   EXPECT_GE(methods.size(), 9u);  // Generate, Tokenize, Detokenize, 3 of control, 2 of health, reflection

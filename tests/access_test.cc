@@ -1,0 +1,164 @@
+// Who may talk to the server, through which listener, and who cannot: TLS, client certificates, tokens over TLS, and
+// ControlService on an address of its own.
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <fstream>
+#include <sstream>
+#include <string>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "coordinator/server.h"
+#include "tests/service_house.h"
+
+namespace octet {
+namespace {
+
+std::string tls_file(const std::string& name) { return absl::StrCat(OCTET_TLS_DIR, "/", name); }
+
+std::string read_file(const std::string& path) {
+  std::ifstream file(path);
+  std::stringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+AccessOptions tls_access() { return {.tls_cert = tls_file("server.pem"), .tls_key = tls_file("server.key")}; }
+
+// A channel to localhost at the server's port, with these files; empty names: none.
+std::shared_ptr<grpc::Channel> tls_channel(const std::string& address, const std::string& ca,
+                                           const std::string& client = "") {
+  grpc::SslCredentialsOptions options;
+  if (!ca.empty()) options.pem_root_certs = read_file(tls_file(ca));
+  if (!client.empty()) {
+    options.pem_cert_chain = read_file(tls_file(client + ".pem"));
+    options.pem_private_key = read_file(tls_file(client + ".key"));
+  }
+  return grpc::CreateChannel(absl::StrCat("localhost", address.substr(address.rfind(':'))),
+                             grpc::SslCredentials(options));
+}
+
+// The status of a GetLoad call.
+grpc::Status get_load(const std::shared_ptr<grpc::Channel>& channel, const std::string& token = "") {
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(10));
+  if (!token.empty()) context.AddMetadata("authorization", "Bearer " + token);
+  v1::GetLoadResponse response;
+  return v1::ControlService::NewStub(channel)->GetLoad(&context, {}, &response);
+}
+
+TEST(Tls, ServesWhoTrustsItsCertificateAndNobodyInPlainText) {
+  Service service({.access = tls_access()});
+  const std::string address = service.server->address();
+  EXPECT_TRUE(get_load(tls_channel(address, "ca.pem")).ok());
+  EXPECT_EQ(get_load(tls_channel(address, "stranger_ca.pem")).error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_FALSE(get_load(service.channel).ok()) << "that channel speaks plain text";
+}
+
+TEST(Tls, AsksForClientCertificatesOfItsAuthority) {
+  AccessOptions access = tls_access();
+  access.tls_client_ca = tls_file("ca.pem");
+  Service service({.access = access});
+  const std::string address = service.server->address();
+  EXPECT_TRUE(get_load(tls_channel(address, "ca.pem", "client")).ok());
+  EXPECT_FALSE(get_load(tls_channel(address, "ca.pem")).ok());
+  EXPECT_FALSE(get_load(tls_channel(address, "ca.pem", "stranger")).ok());
+}
+
+TEST(Tls, ChecksTheTokenToo) {
+  TemporaryDirectory directory;
+  AccessOptions access = tls_access();
+  access.token_file = directory.write("token", "s3cret\n");
+  Service service({.access = access});
+  const auto channel = tls_channel(service.server->address(), "ca.pem");
+  EXPECT_TRUE(get_load(channel, "s3cret").ok());
+  EXPECT_EQ(get_load(channel, "secret").error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  EXPECT_EQ(get_load(channel).error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  grpc::ClientContext twice;
+  twice.AddMetadata("authorization", "Bearer s3cret");
+  twice.AddMetadata("authorization", "Bearer s3cret");
+  v1::GetLoadResponse response;
+  EXPECT_EQ(v1::ControlService::NewStub(channel)->GetLoad(&twice, {}, &response).error_code(),
+            grpc::StatusCode::UNAUTHENTICATED);
+}
+
+TEST(Tls, NamesTheFileThatIsWrong) {
+  TemporaryDirectory directory;
+  const auto refusal = [](const AccessOptions& access) {
+    return std::string(Server::start({.address = "127.0.0.1:0", .access = access}).status().message());
+  };
+  AccessOptions access = tls_access();
+  access.tls_key = "/nowhere/server.key";
+  EXPECT_TRUE(absl::StrContains(refusal(access), "--tls-key /nowhere/server.key cannot be read")) << refusal(access);
+  access.tls_key = tls_file("server.pem");
+  EXPECT_TRUE(absl::StrContains(refusal(access), "holds no PRIVATE KEY in PEM form")) << refusal(access);
+  access = tls_access();
+  access.tls_cert = directory.write("empty.pem", "");
+  EXPECT_TRUE(absl::StrContains(refusal(access), "empty.pem holds no CERTIFICATE")) << refusal(access);
+  access = {.tls_client_ca = tls_file("ca.pem")};
+  EXPECT_TRUE(absl::StrContains(refusal(access), "needs both --tls-cert and --tls-key")) << refusal(access);
+}
+
+TEST(Tls, ClientCertificatesAreEnoughForAnAddressBeyondThisMachine) {
+  AccessOptions access = tls_access();
+  const auto start = [&access] { return Server::start({.address = "0.0.0.0:0", .access = access}).status(); };
+  EXPECT_TRUE(absl::StrContains(start().message(), "--tls-client-ca")) << "encryption alone lets anybody in";
+  access.tls_client_ca = tls_file("ca.pem");
+  EXPECT_TRUE(start().ok()) << start();
+}
+
+// ---- ControlService on its own
+
+TEST(ControlAddress, TakesControlAwayFromThePublicPort) {
+  Service service({.control_address = "127.0.0.1:0"});
+  EXPECT_EQ(get_load(service.channel).error_code(), grpc::StatusCode::UNIMPLEMENTED);
+  expect_well_formed(service.generate(prompt("hi")));
+  const auto control = grpc::CreateChannel(service.server->control_address(), grpc::InsecureChannelCredentials());
+  EXPECT_TRUE(get_load(control).ok());
+  grpc::ClientContext context;
+  auto reader = v1::InferenceService::NewStub(control)->Generate(&context, prompt("hi"));
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::UNIMPLEMENTED);
+}
+
+TEST(ControlAddress, AsksForTheTokenThereToo) {
+  TemporaryDirectory directory;
+  Service service({.control_address = "127.0.0.1:0", .access = {.token_file = directory.write("token", "s3cret\n")}});
+  const auto control = grpc::CreateChannel(service.server->control_address(), grpc::InsecureChannelCredentials());
+  EXPECT_EQ(get_load(control).error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  EXPECT_TRUE(get_load(control, "s3cret").ok());
+}
+
+TEST(ControlAddress, MayBeAUnixSocketOfItsOwnerAlone) {
+  TemporaryDirectory directory;
+  const std::string path = directory.path() + "/control.sock";
+  {
+    Service service({.control_address = "unix:" + path});
+    struct stat facts = {};
+    ASSERT_EQ(stat(path.c_str(), &facts), 0);
+    EXPECT_EQ(facts.st_mode & 0777, 0600u);
+    EXPECT_TRUE(get_load(grpc::CreateChannel("unix:" + path, grpc::InsecureChannelCredentials())).ok());
+    const absl::Status second = Server::start({.address = "127.0.0.1:0", .control_address = "unix:" + path}).status();
+    EXPECT_TRUE(absl::StrContains(second.message(), "is in use")) << second;
+  }
+  EXPECT_NE(access(path.c_str(), F_OK), 0) << "the socket goes with its server";
+}
+
+TEST(ControlAddress, RefusesPathsThatCannotBeSockets) {
+  TemporaryDirectory directory;
+  const auto refusal = [](const std::string& address) {
+    return std::string(Server::start({.address = "127.0.0.1:0", .control_address = address}).status().message());
+  };
+  EXPECT_TRUE(absl::StrContains(refusal("unix:relative.sock"), "must be an absolute path"));
+  EXPECT_TRUE(absl::StrContains(refusal("unix:/" + std::string(200, 'x')), "at most 107 bytes"));
+  const std::string file = directory.write("file", "precious");
+  EXPECT_TRUE(absl::StrContains(refusal("unix:" + file), "is a file"));
+  EXPECT_EQ(read_file(file), "precious");
+  EXPECT_TRUE(absl::StrContains(refusal("0.0.0.0:0"), "can be reached from other machines"));
+}
+
+}  // namespace
+}  // namespace octet
