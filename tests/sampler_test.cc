@@ -338,7 +338,7 @@ class SamplerDistribution : public testing::TestWithParam<SlotSampling> {};
 
 // Draws are seeded, so a test that passes once passes always: five standard deviations are beyond chance.
 TEST_P(SamplerDistribution, FollowsTheDefinition) {
-  const Row row = random_row(600, 3);
+  const Row row = random_row(200, 3);
   EXPECT_LT(chi_square_deviation(row, GetParam(), expected_distribution(row, GetParam())), 5.0);
 }
 
@@ -353,7 +353,7 @@ INSTANTIATE_TEST_SUITE_P(
                     SlotSampling{.temperature = 1.0f, .top_k = 100000, .seed = 7}));
 
 TEST(SamplerDistribution, AWrongDistributionIsCaught) {
-  const Row row = random_row(600, 3);
+  const Row row = random_row(200, 3);
   const SlotSampling sampling{.temperature = 1.0f, .seed = 1};
   SlotSampling warmer = sampling, narrower = sampling;
   warmer.temperature = 1.05f;

@@ -71,8 +71,8 @@ struct BlockCopy {
   bool operator==(const BlockCopy&) const = default;
 };
 
-// What the slot may sample in this step: bit (token % 32) of word token / 32 is set for tokens that may be chosen. Where
-// allowed_token_ids allows none of them, this alone decides.
+// What the slot may sample in this step: bit (token % 32) of word token / 32 is set for tokens that may be chosen.
+// Where allowed_token_ids allows none of them, this alone decides.
 struct SlotMask {
   int32_t slot = 0;
   std::vector<uint32_t> words;  // [(vocab_size + 31) / 32], at least one bit inside the vocabulary set

@@ -98,8 +98,8 @@ def record(row, case):
     probabilities = torch.softmax(scores.double(), -1).numpy()
     survivors = np.flatnonzero(np.isfinite(scores.numpy()))
     listed = sorted(survivors, key=lambda i: (-probabilities[i], i))[:LISTED]
-    touched = sorted(set(row[1] + row[2]) | {t for t, _ in case.get("logit_bias", [])})
-    listed += [i for i in touched[:LISTED] if i in set(survivors) and i not in set(listed)]
+    touched = sorted(set(row[1] + row[2]) | {t for t, _ in case.get("logit_bias", [])})[:LISTED]
+    listed += [i for i in touched if np.isfinite(scores[i]) and i not in listed]
     out["survivors"] = [int(np.sum(survivors % RESIDUES == r)) for r in range(RESIDUES)]
     out["masses"] = [digits(probabilities[r::RESIDUES].sum()) for r in range(RESIDUES)]
     out["probabilities"] = [[int(i), digits(probabilities[i])] for i in listed]
