@@ -1,214 +1,44 @@
 #include "launch/generate.h"
 
-#include <grpcpp/grpcpp.h>
-#include <signal.h>
-
 #include <CLI/CLI.hpp>
-#include <algorithm>
-#include <cmath>
-#include <condition_variable>
 #include <cstdio>
-#include <fstream>
-#include <functional>
 #include <memory>
-#include <mutex>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
-#include "absl/time/clock.h"
-#include "absl/time/time.h"
+#include "absl/strings/str_split.h"
 #include "coordinator/text/utf8.h"
-#include "coordinator/token_auth.h"
-#include "grpc/health/v1/health.grpc.pb.h"
+#include "launch/generate_client.h"
+#include "launch/generate_print.h"
 #include "launch/interrupt.h"
-#include "nlohmann/json.hpp"
-#include "octet/v1/inference_service.grpc.pb.h"
+#include "octet/v1/inference_service.pb.h"
 
 namespace octet {
 namespace {
 
-constexpr absl::Duration kPollInterval = absl::Milliseconds(100);
-
-// Said once per phase of waiting, so that nobody looks at a silent terminal.
-class WaitReport {
- public:
-  void say(const std::string& what) {
-    if (what == last_) return;
-    last_ = what;
-    std::fprintf(stderr, "octet: %s\n", what.c_str());
-  }
-
- private:
-  std::string last_;
-};
-
-// Everything between the options and a call that can be made: address, token, deadlines, and the one context that a
-// signal may have to cancel.
-class Client {
- public:
-  explicit Client(const GenerateOptions& options)
-      : options_(options), give_up_(absl::Now() + absl::Seconds(options.wait_seconds)) {}
-
-  // Until the server can be asked. UNAVAILABLE says what to do about it.
-  absl::Status connect();
-  absl::Status generate(const v1::GenerateRequest& request,
-                        const std::function<void(const v1::GenerateResponse&)>& take);
-  // Any thread: ends whatever is under way.
-  void cancel();
-
- private:
-  absl::StatusOr<std::string> find_address();
-  absl::Status wait_for_channel(const std::string& address);
-  absl::Status wait_for_model(const std::string& address);
-  bool may_wait();
-  std::unique_ptr<grpc::ClientContext> make_context() const;
-  template <typename Call>
-  auto with_context(std::unique_ptr<grpc::ClientContext> context, Call call);
-
-  const GenerateOptions& options_;
-  const absl::Time give_up_;
-  std::string token_;
-  std::shared_ptr<grpc::Channel> channel_;
-  WaitReport report_;
-
-  std::mutex mutex_;
-  bool cancelled_ = false;
-  grpc::ClientContext* context_ = nullptr;  // of the call under way
-};
-
-void Client::cancel() {
-  const std::lock_guard lock(mutex_);
-  cancelled_ = true;
-  if (context_ != nullptr) context_->TryCancel();
+void add_adjustments(const GenerateOptions& options, v1::SamplingParams* sampling) {
+  if (options.presence_penalty.has_value()) sampling->set_presence_penalty(*options.presence_penalty);
+  if (options.frequency_penalty.has_value()) sampling->set_frequency_penalty(*options.frequency_penalty);
+  if (options.repetition_penalty.has_value()) sampling->set_repetition_penalty(*options.repetition_penalty);
+  if (options.n.has_value()) sampling->set_n(*options.n);
+  for (int32_t id : options.allowed_token_ids) sampling->add_allowed_token_ids(id);
+  for (const std::string& word : options.bad_words) sampling->add_bad_words(to_valid_utf8(word));
 }
 
-// Sleeps a little; false when the time for waiting is over.
-bool Client::may_wait() {
-  {
-    const std::lock_guard lock(mutex_);
-    if (cancelled_) return false;
-  }
-  if (absl::Now() >= give_up_) return false;
-  absl::SleepFor(kPollInterval);
-  return true;
-}
-
-std::unique_ptr<grpc::ClientContext> Client::make_context() const {
-  auto context = std::make_unique<grpc::ClientContext>();
-  if (!token_.empty()) context->AddMetadata("authorization", absl::StrCat("Bearer ", token_));
-  return context;
-}
-
-// Runs a call that a signal can cancel.
-template <typename Call>
-auto Client::with_context(std::unique_ptr<grpc::ClientContext> context, Call call) {
-  {
-    const std::lock_guard lock(mutex_);
-    context_ = context.get();
-    if (cancelled_) context_->TryCancel();
-  }
-  auto result = call(context.get());
-  const std::lock_guard lock(mutex_);
-  context_ = nullptr;
-  return result;
-}
-
-absl::StatusOr<std::string> Client::find_address() {
-  if (options_.address_file.empty()) return options_.address;
-  while (true) {
-    std::ifstream file(options_.address_file);
-    if (file) {
-      const nlohmann::json content = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
-      if (content.is_object() && content.contains("grpc") && content["grpc"].is_string()) {
-        return content["grpc"].get<std::string>();
-      }
-      return absl::InvalidArgumentError(
-          absl::StrCat("the address file ", options_.address_file,
-                       " is none: octet serve --address-file writes {\"grpc\": \"HOST:PORT\"}"));
+absl::Status add_biases(const GenerateOptions& options, v1::SamplingParams* sampling) {
+  for (const std::string& text : options.logit_bias) {
+    const std::vector<std::string> parts = absl::StrSplit(text, absl::MaxSplits(':', 1));
+    int32_t id = 0;
+    float bias = 0;
+    if (parts.size() != 2 || !absl::SimpleAtoi(parts[0], &id) || !absl::SimpleAtof(parts[1], &bias)) {
+      return absl::InvalidArgumentError(absl::StrCat("--logit-bias takes ID:BIAS, as in 42:-100; found ", text));
     }
-    report_.say(absl::StrCat("waiting for a server to write ", options_.address_file));
-    if (!may_wait()) {
-      return absl::UnavailableError(
-          absl::StrCat("the address file ", options_.address_file,
-                       " is not there: the server is not running or still loading; --wait SECONDS waits for it"));
-    }
-  }
-}
-
-absl::Status Client::wait_for_channel(const std::string& address) {
-  grpc::ChannelArguments arguments;
-  arguments.SetMaxReceiveMessageSize(64 << 20);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 20'000);  // finds a server that hangs
-  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);       // a proxy of the environment is not meant for this
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
-  channel_ = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
-  const absl::Time patience = std::max(give_up_, absl::Now() + absl::Seconds(10));
-  while (true) {
-    const grpc_connectivity_state state = channel_->GetState(/*try_to_connect=*/true);
-    if (state == GRPC_CHANNEL_READY) return absl::OkStatus();
-    const bool refused = state == GRPC_CHANNEL_TRANSIENT_FAILURE;
-    if (refused) report_.say(absl::StrCat("waiting for a server at ", address));
-    if ((refused && !may_wait()) || absl::Now() >= patience) {
-      return absl::UnavailableError(
-          absl::StrCat("there is no server at ", address,
-                       ": start one with octet serve --model DIR, name the right one with --address "
-                       "or --address-file, or wait for it with --wait SECONDS"));
-    }
-    if (!refused) channel_->WaitForStateChange(state, absl::ToChronoTime(absl::Now() + kPollInterval));
-    const std::lock_guard lock(mutex_);
-    if (cancelled_) return absl::CancelledError("interrupted");
-  }
-}
-
-absl::Status Client::wait_for_model(const std::string& address) {
-  using grpc::health::v1::HealthCheckResponse;
-  auto stub = grpc::health::v1::Health::NewStub(channel_);
-  while (absl::Now() < give_up_) {
-    HealthCheckResponse response;
-    const grpc::Status status = with_context(make_context(), [&](grpc::ClientContext* context) {
-      context->set_deadline(absl::ToChronoTime(give_up_));
-      return stub->Check(context, grpc::health::v1::HealthCheckRequest(), &response);
-    });
-    const bool loading = status.ok() && response.status() == HealthCheckResponse::NOT_SERVING;
-    if (!loading) return absl::OkStatus();  // whatever else it is, the call itself says it best
-    report_.say(absl::StrCat("waiting for the model that ", address, " is loading"));
-    if (!may_wait()) break;
+    (*sampling->mutable_logit_bias())[id] = bias;
   }
   return absl::OkStatus();
-}
-
-absl::Status Client::connect() {
-  if (!options_.token_file.empty()) {
-    absl::StatusOr<std::string> token = read_token_file(options_.token_file);
-    if (!token.ok()) return token.status();
-    token_ = *std::move(token);
-  }
-  absl::StatusOr<std::string> address = find_address();
-  if (!address.ok()) return address.status();
-  if (absl::Status status = wait_for_channel(*address); !status.ok()) return status;
-  return wait_for_model(*address);
-}
-
-absl::Status Client::generate(const v1::GenerateRequest& request,
-                              const std::function<void(const v1::GenerateResponse&)>& take) {
-  auto stub = v1::InferenceService::NewStub(channel_);
-  const grpc::Status status = with_context(make_context(), [&](grpc::ClientContext* context) {
-    if (options_.timeout_seconds.has_value()) {
-      context->set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(*options_.timeout_seconds)));
-    }
-    auto reader = stub->Generate(context, request);
-    for (v1::GenerateResponse response; reader->Read(&response);) take(response);
-    return reader->Finish();
-  });
-  if (status.ok()) return absl::OkStatus();
-  std::string message = status.error_message();
-  if (status.error_code() == grpc::StatusCode::UNAUTHENTICATED) message += ": give it with --token-file FILE";
-  if (status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED) message += " (--timeout)";
-  return absl::Status(static_cast<absl::StatusCode>(status.error_code()), message);
 }
 
 absl::StatusOr<v1::GenerateRequest> make_request(const GenerateOptions& options) {
@@ -243,12 +73,20 @@ absl::StatusOr<v1::GenerateRequest> make_request(const GenerateOptions& options)
   if (options.top_k.has_value()) sampling->set_top_k(*options.top_k);
   if (options.min_p.has_value()) sampling->set_min_p(*options.min_p);
   if (options.seed.has_value()) sampling->set_seed(*options.seed);
+  add_adjustments(options, sampling);
+  if (absl::Status status = add_biases(options, sampling); !status.ok()) return status;
   v1::StoppingParams* stopping = request.mutable_stopping();
   if (options.max_tokens.has_value()) stopping->set_max_tokens(*options.max_tokens);
+  if (options.min_tokens.has_value()) stopping->set_min_tokens(*options.min_tokens);
+  stopping->set_include_stop(options.include_stop);
   for (const std::string& stop : options.stop) stopping->add_stop(to_valid_utf8(stop));
   for (int32_t id : options.stop_token_ids) stopping->add_stop_token_ids(id);
   stopping->set_ignore_eos(options.ignore_eos);
   request.set_parse_special(options.parse_special);
+  request.set_echo(options.echo);
+  if (options.prompt_logprobs.has_value()) request.set_prompt_logprobs(*options.prompt_logprobs);
+  if (options.priority.has_value()) request.set_priority(*options.priority);
+  if (!options.cache_salt.empty()) request.set_cache_salt(to_valid_utf8(options.cache_salt));
   if (options.logprobs.has_value()) {
     request.set_logprobs(*options.logprobs);
   } else if (options.json) {
@@ -257,101 +95,15 @@ absl::StatusOr<v1::GenerateRequest> make_request(const GenerateOptions& options)
   return request;
 }
 
-// Text as it comes.
-class TextOutput {
- public:
-  void take(const v1::GenerateResponse& response) {
-    if (response.text().empty()) return;
-    std::fwrite(response.text().data(), 1, response.text().size(), stdout);
-    std::fflush(stdout);
-    last_ = response.text().back();
-  }
-  void end() {
-    if (last_ != '\n' && last_ != '\0') std::fputc('\n', stdout);
-    std::fflush(stdout);
-  }
-
- private:
-  char last_ = '\0';
-};
-
-// One object on one line when all has come. Numbers are written here: nine digits give a float32 back exactly, and JSON
-// has no infinities.
-class JsonOutput {
- public:
-  void take(const v1::GenerateResponse& response) {
-    all_.MergeFrom(response);  // strings: the last one; lists: all
-    text_ += response.text();
-  }
-  void end() const { std::printf("%s\n", line().c_str()); }
-
- private:
-  static std::string number(float value) { return std::isfinite(value) ? absl::StrFormat("%.9g", value) : "null"; }
-
-  template <typename List, typename Write>
-  static std::string list(const List& items, Write write) {
-    std::string text = "[";
-    for (const auto& item : items) absl::StrAppend(&text, text.size() == 1 ? "" : ", ", write(item));
-    return text + "]";
-  }
-
-  static std::string top(const v1::TokenInfo& token) {
-    return list(token.top(), [](const v1::TokenLogprob& other) {
-      return absl::StrCat("{\"token_id\": ", other.token_id(), ", \"logprob\": ", number(other.logprob()), "}");
-    });
-  }
-
-  std::string line() const {
-    const auto id = [](int32_t id) { return absl::StrCat(id); };
-    const bool has_top = !all_.tokens().empty() && !all_.tokens(0).top().empty();
-    std::string line = absl::StrCat(
-        "{\"prompt_token_ids\": ", list(all_.prompt_token_ids(), id), ", \"token_ids\": ",
-        list(all_.tokens(), [](const v1::TokenInfo& token) { return absl::StrCat(token.token_id()); }),
-        ", \"logprobs\": ", list(all_.tokens(), [](const v1::TokenInfo& token) { return number(token.logprob()); }));
-    if (has_top) absl::StrAppend(&line, ", \"top_logprobs\": ", list(all_.tokens(), top));
-    absl::StrAppend(&line, ", \"text\": ", quoted(text_), ", \"finish_reason\": ", quoted(finish_reason()));
-    if (all_.has_stop_token_id()) absl::StrAppend(&line, ", \"stop_token_id\": ", all_.stop_token_id());
-    if (all_.has_stop_string()) absl::StrAppend(&line, ", \"stop_string\": ", quoted(all_.stop_string()));
-    absl::StrAppend(&line, ", \"usage\": {\"prompt_tokens\": ", all_.usage().prompt_tokens(),
-                    ", \"completion_tokens\": ", all_.usage().completion_tokens(), ", \"seed\": ", all_.usage().seed(),
-                    "}}");
-    return line;
-  }
-
-  static std::string quoted(const std::string& text) { return nlohmann::json(text).dump(); }
-
-  std::string finish_reason() const {
-    switch (all_.finish_reason()) {
-      case v1::FINISH_REASON_STOP:
-        return "stop";
-      case v1::FINISH_REASON_LENGTH:
-        return "length";
-      case v1::FINISH_REASON_CANCELLED:
-        return "cancelled";
-      default:
-        return "";
-    }
-  }
-
-  v1::GenerateResponse all_;
-  std::string text_;
-};
-
-absl::Status ask(const GenerateOptions& options, Client* client) {
+absl::Status ask(const GenerateOptions& options, GenerateClient* client) {
   absl::StatusOr<v1::GenerateRequest> request = make_request(options);
   if (!request.ok()) return request.status();
   if (absl::Status status = client->connect(); !status.ok()) return status;
-  if (options.json) {
-    JsonOutput output;
-    absl::Status status =
-        client->generate(*request, [&](const v1::GenerateResponse& response) { output.take(response); });
-    if (status.ok()) output.end();
-    return status;
-  }
-  TextOutput output;
+  const std::unique_ptr<AnswerPrinter> printer =
+      options.json ? make_json_printer() : make_text_printer(options.n.value_or(1) > 1);
   absl::Status status =
-      client->generate(*request, [&](const v1::GenerateResponse& response) { output.take(response); });
-  output.end();
+      client->generate(*request, [&](const v1::GenerateResponse& response) { printer->take(response); });
+  printer->end(status.ok());
   return status;
 }
 
@@ -370,6 +122,13 @@ CLI::App* add_generate_command(CLI::App& app, GenerateOptions* options) {
   command->add_option("--address-file", options->address_file, "The file that octet serve --address-file wrote")
       ->excludes(address);
   command->add_option("--token-file", options->token_file, "The server's token");
+  command->add_option("--tls-ca", options->tls_ca, "PEM file with the authority of the server's certificate: TLS");
+  command->add_option("--tls-cert", options->tls_cert, "PEM file with this client's certificate chain");
+  command->add_option("--tls-key", options->tls_key, "PEM file with its private key");
+  command->add_option("--request-id", options->request_id, "Name of this request in the server's log, and for Abort");
+  command->add_option("--priority", options->priority, "0, the most urgent, to 9");
+  command->add_option("--cache-salt", options->cache_salt,
+                      "Share cached prefixes only with requests that say the same");
   command->add_option("--wait", options->wait_seconds, "Wait this many seconds for a server that starts or loads")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--timeout", options->timeout_seconds, "Give up on the answer after this many seconds")
@@ -390,6 +149,25 @@ CLI::App* add_generate_command(CLI::App& app, GenerateOptions* options) {
   command->add_option("--top-p", options->top_p, "In (0, 1]; 1 is off")->group(sampling);
   command->add_option("--top-k", options->top_k, "0 is off")->group(sampling);
   command->add_option("--min-p", options->min_p, "In [0, 1]; 0 is off")->group(sampling);
+  command->add_option("--presence-penalty", options->presence_penalty, "-2 to 2, for tokens that the answer has")
+      ->group(sampling);
+  command->add_option("--frequency-penalty", options->frequency_penalty, "-2 to 2, for each time that it has them")
+      ->group(sampling);
+  command
+      ->add_option("--repetition-penalty", options->repetition_penalty,
+                   "Above 0, for tokens that prompt or answer have; 1 is off")
+      ->group(sampling);
+  command->add_option("--logit-bias", options->logit_bias, "ID:BIAS; may be given several times")
+      ->allow_extra_args(false)
+      ->group(sampling);
+  command->add_option("--allowed-token-ids", options->allowed_token_ids, "Choose among these only: 1,2,3")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->group(sampling);
+  command->add_option("--bad-word", options->bad_words, "Never say this; may be given several times")
+      ->allow_extra_args(false)
+      ->group(sampling);
+  command->add_option("--n", options->n, "Outputs [1]")->group(sampling);
   command->add_option("--seed", options->seed, "The same seed, the same answer; default: a random one")
       ->group(sampling);
 
@@ -402,17 +180,26 @@ CLI::App* add_generate_command(CLI::App& app, GenerateOptions* options) {
   command->add_option("--stop-token-id", options->stop_token_ids, "Stop at this token; may be given several times")
       ->allow_extra_args(false)
       ->group(ending);
+  command->add_option("--min-tokens", options->min_tokens, "Do not end before so many")->group(ending);
+  command->add_flag("--include-stop", options->include_stop, "Show what was stopped at")->group(ending);
   command->add_flag("--ignore-eos", options->ignore_eos, "Go on after the end-of-sequence token")->group(ending);
 
   command->add_option("--logprobs", options->logprobs, "With --json: this many alternatives for each token")
       ->group("Output");
-  command->add_flag("--json", options->json, "Print one JSON object on one line: token ids, logprobs, text, usage")
+  command
+      ->add_option("--prompt-logprobs", options->prompt_logprobs,
+                   "With --json: logprobs of the prompt's tokens, and this many alternatives")
+      ->group("Output");
+  command->add_flag("--echo", options->echo, "Begin with the prompt")->group("Output");
+  command
+      ->add_flag("--json", options->json,
+                 "Print one JSON object on one line for each output: token ids, logprobs, text, usage")
       ->group("Output");
   return command;
 }
 
 int run_generate(const GenerateOptions& options) {
-  Client client(options);
+  GenerateClient client(options);
   Interrupt interrupt([&] { client.cancel(); });
   const absl::Status status = ask(options, &client);
   if (interrupt.signal() != 0) return 128 + interrupt.signal();

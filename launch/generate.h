@@ -17,6 +17,10 @@ struct GenerateOptions {
   std::string address = "127.0.0.1:50051";
   std::string address_file;  // wins over address
   std::string token_file;
+  std::string tls_ca, tls_cert, tls_key;  // PEM files; empty: plain text, or no certificate of the client's
+  std::string request_id;
+  std::optional<int32_t> priority;
+  std::string cache_salt;
   double wait_seconds = 0;                // for a server that is starting or loading
   std::optional<double> timeout_seconds;  // for the whole answer
 
@@ -28,12 +32,17 @@ struct GenerateOptions {
   std::vector<int32_t> token_ids;
 
   // Absent: the server's defaults, which are the model's.
-  std::optional<int32_t> max_tokens, top_k, logprobs;
-  std::optional<float> temperature, top_p, min_p;
+  std::optional<int32_t> max_tokens, min_tokens, top_k, logprobs, prompt_logprobs, n;
+  std::optional<float> temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty;
   std::optional<uint64_t> seed;
   std::vector<std::string> stop;
   std::vector<int32_t> stop_token_ids;
+  std::vector<std::string> logit_bias;  // "ID:BIAS"
+  std::vector<int32_t> allowed_token_ids;
+  std::vector<std::string> bad_words;
   bool ignore_eos = false;
+  bool include_stop = false;
+  bool echo = false;
   bool parse_special = false;
 
   bool json = false;
