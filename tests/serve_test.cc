@@ -4,77 +4,20 @@
 #include <signal.h>
 
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "tests/process.h"
 #include "tests/random_model.h"
+#include "tests/served_process.h"
 
 namespace octet {
 namespace {
 
 using nlohmann::json;
 using std::chrono::seconds;
-
-const std::string kOctet = OCTET_BINARY;
-
-std::string fresh_path(const std::string& name) {
-  static int counter = 0;
-  return absl::StrCat(testing::TempDir(), "octet_serve_", getpid(), "_", counter++, "_", name);
-}
-
-// A server on a free port, stopped when it goes out of scope.
-class Server {
- public:
-  explicit Server(const std::string& model, int ranks, const std::vector<std::string>& more = {})
-      : address_file_(fresh_path("address")), process_(mpirun(ranks, command(model, more)), mpirun_environment()) {
-    ready_ = wait_for_file(address_file_, process_, seconds(120));
-    EXPECT_TRUE(ready_) << process_.err();
-  }
-
-  bool ready() const { return ready_; }
-  Process& process() { return process_; }
-  std::string address() const {
-    std::ifstream file(address_file_);
-    return json::parse(file).at("grpc");
-  }
-
-  Finished generate(const std::vector<std::string>& arguments) const {
-    std::vector<std::string> argv = {kOctet, "generate", "--address-file", address_file_};
-    argv.insert(argv.end(), arguments.begin(), arguments.end());
-    return run_command(argv);
-  }
-
-  // What --json prints for greedy decoding after these tokens.
-  json greedy(const std::vector<int32_t>& prompt, int max_tokens) const {
-    const Finished run = generate({"--token-ids", absl::StrJoin(prompt, ","), "--max-tokens",
-                                   std::to_string(max_tokens), "--temperature", "0", "--logprobs", "2", "--json"});
-    EXPECT_EQ(run.status, 0) << run.err;
-    return run.status == 0 ? json::parse(run.out) : json();
-  }
-
-  // Sends the signal to mpirun; its exit status.
-  int stop(int signal) {
-    process_.signal(signal);
-    return process_.wait(seconds(30));
-  }
-
- private:
-  std::vector<std::string> command(const std::string& model, const std::vector<std::string>& more) const {
-    std::vector<std::string> argv = {kOctet,        "serve",          "--model",     model,         "--address",
-                                     "127.0.0.1:0", "--address-file", address_file_, "--kv-memory", "64MiB"};
-    argv.insert(argv.end(), more.begin(), more.end());
-    return argv;
-  }
-
-  const std::string address_file_;
-  Process process_;
-  bool ready_ = false;
-};
 
 std::vector<std::vector<int32_t>> prompts(int64_t vocab_size, const std::vector<int>& lengths) {
   std::mt19937_64 random(3);
@@ -97,7 +40,7 @@ std::vector<std::string> answers(const std::string& model, const Cell& cell,
                                  const std::vector<std::vector<int32_t>>& prompts) {
   std::vector<std::string> more = {"--threads", std::to_string(cell.threads)};
   if (!cell.nodes.empty()) more.insert(more.end(), {"--pretend-nodes", cell.nodes});
-  Server server(model, cell.ranks, more);
+  ServedProcess server(model, cell.ranks, more);
   std::vector<std::string> result;
   for (const auto& prompt : prompts) {
     if (!server.ready()) break;
@@ -131,14 +74,14 @@ TEST(Serve, GivesOneAnswerOnAnyRanksAndNodesOfSmolLM2) {
 }
 
 TEST(Serve, DrainsAndEndsCleanlyWhenToldTo) {
-  Server server(write_random_model({}), 2);
+  ServedProcess server(write_random_model({}), 2);
   ASSERT_TRUE(server.ready());
   server.greedy({1, 2, 3}, 2);
   EXPECT_EQ(server.stop(SIGUSR1), 0) << server.process().err();
 }
 
 TEST(Serve, DrainsInsideTheTimeThatMpirunAllows) {
-  Server server(write_random_model({}), 2);
+  ServedProcess server(write_random_model({}), 2);
   ASSERT_TRUE(server.ready());
   // mpirun itself then ends with 1, however cleanly its ranks ended.
   EXPECT_EQ(server.stop(SIGTERM), 1) << server.process().err();
@@ -147,7 +90,7 @@ TEST(Serve, DrainsInsideTheTimeThatMpirunAllows) {
 
 TEST(Serve, RefusesASecondServerOnItsPort) {
   const std::string model = write_random_model({});
-  Server first(model, 1);
+  ServedProcess first(model, 1);
   ASSERT_TRUE(first.ready());
   const Finished second =
       run_command(mpirun(1, {kOctet, "serve", "--model", model, "--address", first.address()}), mpirun_environment());
@@ -222,7 +165,7 @@ TEST(Serve, RefusesRanksThatSeeDifferentModels) {
 }
 
 TEST(Serve, EndsEveryRankWhenOneIsKilled) {
-  Server server(write_random_model({}), 3);
+  ServedProcess server(write_random_model({}), 3);
   ASSERT_TRUE(server.ready());
   const std::vector<pid_t> ranks = server.process().children();
   ASSERT_EQ(ranks.size(), 3u);
