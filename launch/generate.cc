@@ -6,12 +6,8 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
-#include <condition_variable>
 #include <cstdio>
-#include <fstream>
 #include <functional>
-#include <memory>
-#include <mutex>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -21,8 +17,6 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "coordinator/text/utf8.h"
-#include "coordinator/token_auth.h"
-#include "grpc/health/v1/health.grpc.pb.h"
 #include "launch/interrupt.h"
 #include "nlohmann/json.hpp"
 #include "octet/v1/inference_service.grpc.pb.h"
@@ -30,175 +24,12 @@
 namespace octet {
 namespace {
 
-constexpr absl::Duration kPollInterval = absl::Milliseconds(100);
-
-// Said once per phase of waiting, so that nobody looks at a silent terminal.
-class WaitReport {
- public:
-  void say(const std::string& what) {
-    if (what == last_) return;
-    last_ = what;
-    std::fprintf(stderr, "octet: %s\n", what.c_str());
-  }
-
- private:
-  std::string last_;
-};
-
-// Everything between the options and a call that can be made: address, token, deadlines, and the one context that a
-// signal may have to cancel.
-class Client {
- public:
-  explicit Client(const GenerateOptions& options)
-      : options_(options), give_up_(absl::Now() + absl::Seconds(options.wait_seconds)) {}
-
-  // Until the server can be asked. UNAVAILABLE says what to do about it.
-  absl::Status connect();
-  absl::Status generate(const v1::GenerateRequest& request,
-                        const std::function<void(const v1::GenerateResponse&)>& take);
-  // Any thread: ends whatever is under way.
-  void cancel();
-
- private:
-  absl::StatusOr<std::string> find_address();
-  absl::Status wait_for_channel(const std::string& address);
-  absl::Status wait_for_model(const std::string& address);
-  bool may_wait();
-  std::unique_ptr<grpc::ClientContext> make_context() const;
-  template <typename Call>
-  auto with_context(std::unique_ptr<grpc::ClientContext> context, Call call);
-
-  const GenerateOptions& options_;
-  const absl::Time give_up_;
-  std::string token_;
-  std::shared_ptr<grpc::Channel> channel_;
-  WaitReport report_;
-
-  std::mutex mutex_;
-  bool cancelled_ = false;
-  grpc::ClientContext* context_ = nullptr;  // of the call under way
-};
-
-void Client::cancel() {
-  const std::lock_guard lock(mutex_);
-  cancelled_ = true;
-  if (context_ != nullptr) context_->TryCancel();
-}
-
-// Sleeps a little; false when the time for waiting is over.
-bool Client::may_wait() {
-  {
-    const std::lock_guard lock(mutex_);
-    if (cancelled_) return false;
-  }
-  if (absl::Now() >= give_up_) return false;
-  absl::SleepFor(kPollInterval);
-  return true;
-}
-
-std::unique_ptr<grpc::ClientContext> Client::make_context() const {
-  auto context = std::make_unique<grpc::ClientContext>();
-  if (!token_.empty()) context->AddMetadata("authorization", absl::StrCat("Bearer ", token_));
-  return context;
-}
-
-// Runs a call that a signal can cancel.
-template <typename Call>
-auto Client::with_context(std::unique_ptr<grpc::ClientContext> context, Call call) {
-  {
-    const std::lock_guard lock(mutex_);
-    context_ = context.get();
-    if (cancelled_) context_->TryCancel();
-  }
-  auto result = call(context.get());
-  const std::lock_guard lock(mutex_);
-  context_ = nullptr;
-  return result;
-}
-
-absl::StatusOr<std::string> Client::find_address() {
-  if (options_.address_file.empty()) return options_.address;
-  while (true) {
-    std::ifstream file(options_.address_file);
-    if (file) {
-      const nlohmann::json content = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
-      if (content.is_object() && content.contains("grpc") && content["grpc"].is_string()) {
-        return content["grpc"].get<std::string>();
-      }
-      return absl::InvalidArgumentError(
-          absl::StrCat("the address file ", options_.address_file,
-                       " is none: octet serve --address-file writes {\"grpc\": \"HOST:PORT\"}"));
-    }
-    report_.say(absl::StrCat("waiting for a server to write ", options_.address_file));
-    if (!may_wait()) {
-      return absl::UnavailableError(
-          absl::StrCat("the address file ", options_.address_file,
-                       " is not there: the server is not running or still loading; --wait SECONDS waits for it"));
-    }
-  }
-}
-
-absl::Status Client::wait_for_channel(const std::string& address) {
-  grpc::ChannelArguments arguments;
-  arguments.SetMaxReceiveMessageSize(64 << 20);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 20'000);  // finds a server that hangs
-  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);       // a proxy of the environment is not meant for this
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
-  channel_ = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
-  const absl::Time patience = std::max(give_up_, absl::Now() + absl::Seconds(10));
-  while (true) {
-    const grpc_connectivity_state state = channel_->GetState(/*try_to_connect=*/true);
-    if (state == GRPC_CHANNEL_READY) return absl::OkStatus();
-    const bool refused = state == GRPC_CHANNEL_TRANSIENT_FAILURE;
-    if (refused) report_.say(absl::StrCat("waiting for a server at ", address));
-    if ((refused && !may_wait()) || absl::Now() >= patience) {
-      return absl::UnavailableError(
-          absl::StrCat("there is no server at ", address,
-                       ": start one with octet serve --model DIR, name the right one with --address "
-                       "or --address-file, or wait for it with --wait SECONDS"));
-    }
-    if (!refused) channel_->WaitForStateChange(state, absl::ToChronoTime(absl::Now() + kPollInterval));
-    const std::lock_guard lock(mutex_);
-    if (cancelled_) return absl::CancelledError("interrupted");
-  }
-}
-
-absl::Status Client::wait_for_model(const std::string& address) {
-  using grpc::health::v1::HealthCheckResponse;
-  auto stub = grpc::health::v1::Health::NewStub(channel_);
-  while (absl::Now() < give_up_) {
-    HealthCheckResponse response;
-    const grpc::Status status = with_context(make_context(), [&](grpc::ClientContext* context) {
-      context->set_deadline(absl::ToChronoTime(give_up_));
-      return stub->Check(context, grpc::health::v1::HealthCheckRequest(), &response);
-    });
-    const bool loading = status.ok() && response.status() == HealthCheckResponse::NOT_SERVING;
-    if (!loading) return absl::OkStatus();  // whatever else it is, the call itself says it best
-    report_.say(absl::StrCat("waiting for the model that ", address, " is loading"));
-    if (!may_wait()) break;
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Client::connect() {
-  if (!options_.token_file.empty()) {
-    absl::StatusOr<std::string> token = read_token_file(options_.token_file);
-    if (!token.ok()) return token.status();
-    token_ = *std::move(token);
-  }
-  absl::StatusOr<std::string> address = find_address();
-  if (!address.ok()) return address.status();
-  if (absl::Status status = wait_for_channel(*address); !status.ok()) return status;
-  return wait_for_model(*address);
-}
-
-absl::Status Client::generate(const v1::GenerateRequest& request,
-                              const std::function<void(const v1::GenerateResponse&)>& take) {
-  auto stub = v1::InferenceService::NewStub(channel_);
-  const grpc::Status status = with_context(make_context(), [&](grpc::ClientContext* context) {
-    if (options_.timeout_seconds.has_value()) {
-      context->set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(*options_.timeout_seconds)));
+absl::Status generate(Connection& server, const GenerateOptions& options, const v1::GenerateRequest& request,
+                      const std::function<void(const v1::GenerateResponse&)>& take) {
+  auto stub = v1::InferenceService::NewStub(server.channel());
+  const grpc::Status status = server.with_context(server.make_context(), [&](grpc::ClientContext* context) {
+    if (options.timeout_seconds.has_value()) {
+      context->set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(*options.timeout_seconds)));
     }
     auto reader = stub->Generate(context, request);
     for (v1::GenerateResponse response; reader->Read(&response);) take(response);
@@ -337,20 +168,20 @@ class JsonOutput {
   std::string text_;
 };
 
-absl::Status ask(const GenerateOptions& options, Client* client) {
+absl::Status ask(const GenerateOptions& options, Connection& server) {
   absl::StatusOr<v1::GenerateRequest> request = make_request(options);
   if (!request.ok()) return request.status();
-  if (absl::Status status = client->connect(); !status.ok()) return status;
+  if (absl::Status status = server.open(); !status.ok()) return status;
   if (options.json) {
     JsonOutput output;
     absl::Status status =
-        client->generate(*request, [&](const v1::GenerateResponse& response) { output.take(response); });
+        generate(server, options, *request, [&](const v1::GenerateResponse& response) { output.take(response); });
     if (status.ok()) output.end();
     return status;
   }
   TextOutput output;
   absl::Status status =
-      client->generate(*request, [&](const v1::GenerateResponse& response) { output.take(response); });
+      generate(server, options, *request, [&](const v1::GenerateResponse& response) { output.take(response); });
   output.end();
   return status;
 }
@@ -365,13 +196,7 @@ CLI::App* add_generate_command(CLI::App& app, GenerateOptions* options) {
       "  octet generate --prompt \"Once upon a time\" --max-tokens 50 --temperature 0\n"
       "  octet generate --address-file /tmp/octet.json --wait 600 --json --chat --system \"Be brief.\" Hello\n"
       "Ctrl-C stops the server's work on the answer too. Exit codes: 0, 1 after an error, 130 after Ctrl-C.");
-  CLI::Option* address =
-      command->add_option("--address", options->address, "The server's HOST:PORT")->capture_default_str();
-  command->add_option("--address-file", options->address_file, "The file that octet serve --address-file wrote")
-      ->excludes(address);
-  command->add_option("--token-file", options->token_file, "The server's token");
-  command->add_option("--wait", options->wait_seconds, "Wait this many seconds for a server that starts or loads")
-      ->check(CLI::NonNegativeNumber);
+  add_connection_options(*command, options);
   command->add_option("--timeout", options->timeout_seconds, "Give up on the answer after this many seconds")
       ->check(CLI::PositiveNumber);
 
@@ -412,9 +237,9 @@ CLI::App* add_generate_command(CLI::App& app, GenerateOptions* options) {
 }
 
 int run_generate(const GenerateOptions& options) {
-  Client client(options);
-  Interrupt interrupt([&] { client.cancel(); });
-  const absl::Status status = ask(options, &client);
+  Connection server(options);
+  Interrupt interrupt([&] { server.cancel(); });
+  const absl::Status status = ask(options, server);
   if (interrupt.signal() != 0) return 128 + interrupt.signal();
   if (status.ok()) return 0;
   std::fprintf(stderr, "octet generate: %s\n", std::string(status.message()).c_str());

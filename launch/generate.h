@@ -7,17 +7,11 @@
 #include <string>
 #include <vector>
 
-namespace CLI {
-class App;
-}
+#include "launch/connection.h"
 
 namespace octet {
 
-struct GenerateOptions {
-  std::string address = "127.0.0.1:50051";
-  std::string address_file;  // wins over address
-  std::string token_file;
-  double wait_seconds = 0;                // for a server that is starting or loading
+struct GenerateOptions : ConnectionOptions {
   std::optional<double> timeout_seconds;  // for the whole answer
 
   // Exactly one input.
