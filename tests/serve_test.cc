@@ -4,13 +4,13 @@
 #include <signal.h>
 
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "tests/octet_server.h"
 #include "tests/process.h"
 #include "tests/random_model.h"
 
@@ -22,59 +22,13 @@ using std::chrono::seconds;
 
 const std::string kOctet = OCTET_BINARY;
 
-std::string fresh_path(const std::string& name) {
-  static int counter = 0;
-  return absl::StrCat(testing::TempDir(), "octet_serve_", getpid(), "_", counter++, "_", name);
-}
-
-// A server on a free port, stopped when it goes out of scope.
-class Server {
- public:
-  explicit Server(const std::string& model, int ranks, const std::vector<std::string>& more = {})
-      : address_file_(fresh_path("address")), process_(mpirun(ranks, command(model, more)), mpirun_environment()) {
-    ready_ = wait_for_file(address_file_, process_, seconds(120));
-    EXPECT_TRUE(ready_) << process_.err();
-  }
-
-  bool ready() const { return ready_; }
-  Process& process() { return process_; }
-  std::string address() const {
-    std::ifstream file(address_file_);
-    return json::parse(file).at("grpc");
-  }
-
-  Finished generate(const std::vector<std::string>& arguments) const {
-    std::vector<std::string> argv = {kOctet, "generate", "--address-file", address_file_};
-    argv.insert(argv.end(), arguments.begin(), arguments.end());
-    return run_command(argv);
-  }
-
-  // What --json prints for greedy decoding after these tokens.
-  json greedy(const std::vector<int32_t>& prompt, int max_tokens) const {
-    const Finished run = generate({"--token-ids", absl::StrJoin(prompt, ","), "--max-tokens",
+// What --json prints for greedy decoding after these tokens.
+json greedy(const Server& server, const std::vector<int32_t>& prompt, int max_tokens) {
+  const Finished run = server.run({"generate", "--token-ids", absl::StrJoin(prompt, ","), "--max-tokens",
                                    std::to_string(max_tokens), "--temperature", "0", "--logprobs", "2", "--json"});
-    EXPECT_EQ(run.status, 0) << run.err;
-    return run.status == 0 ? json::parse(run.out) : json();
-  }
-
-  // Sends the signal to mpirun; its exit status.
-  int stop(int signal) {
-    process_.signal(signal);
-    return process_.wait(seconds(30));
-  }
-
- private:
-  std::vector<std::string> command(const std::string& model, const std::vector<std::string>& more) const {
-    std::vector<std::string> argv = {kOctet,        "serve",          "--model",     model,         "--address",
-                                     "127.0.0.1:0", "--address-file", address_file_, "--kv-memory", "64MiB"};
-    argv.insert(argv.end(), more.begin(), more.end());
-    return argv;
-  }
-
-  const std::string address_file_;
-  Process process_;
-  bool ready_ = false;
-};
+  EXPECT_EQ(run.status, 0) << run.err;
+  return run.status == 0 ? json::parse(run.out) : json();
+}
 
 std::vector<std::vector<int32_t>> prompts(int64_t vocab_size, const std::vector<int>& lengths) {
   std::mt19937_64 random(3);
@@ -101,7 +55,7 @@ std::vector<std::string> answers(const std::string& model, const Cell& cell,
   std::vector<std::string> result;
   for (const auto& prompt : prompts) {
     if (!server.ready()) break;
-    json line = server.greedy(prompt, 8);
+    json line = greedy(server, prompt, 8);
     line.erase("usage");  // holds a random seed
     result.push_back(line.dump());
   }
@@ -133,7 +87,7 @@ TEST(Serve, GivesOneAnswerOnAnyRanksAndNodesOfSmolLM2) {
 TEST(Serve, DrainsAndEndsCleanlyWhenToldTo) {
   Server server(write_random_model({}), 2);
   ASSERT_TRUE(server.ready());
-  server.greedy({1, 2, 3}, 2);
+  greedy(server, {1, 2, 3}, 2);
   EXPECT_EQ(server.stop(SIGUSR1), 0) << server.process().err();
 }
 
@@ -153,7 +107,7 @@ TEST(Serve, RefusesASecondServerOnItsPort) {
       run_command(mpirun(1, {kOctet, "serve", "--model", model, "--address", first.address()}), mpirun_environment());
   EXPECT_NE(second.status, 0);
   EXPECT_TRUE(absl::StrContains(second.err, "in use")) << second.err;
-  EXPECT_EQ(first.greedy({5}, 1)["finish_reason"], "length");
+  EXPECT_EQ(greedy(first, {5}, 1)["finish_reason"], "length");
 }
 
 // A start that must fail: what is started, and what its message must hold.
