@@ -18,6 +18,7 @@
 #include "coordinator/scheduler.h"
 #include "coordinator/thread_worker_group.h"
 #include "kernels/calibrate.h"
+#include "launch/bench_serve.h"
 #include "launch/machine.h"
 #include "launch/options.h"
 #include "worker/checkpoint/checkpoint.h"
@@ -323,7 +324,11 @@ void add_bench_command(CLI::App& app, int* exit_code) {
       ->check(CLI::Range(2, 65536))
       ->capture_default_str();
   command->add_option("--svg", options->svg, "Draw the shares into this file");
-  command->callback([options, exit_code] {
+  CLI::App* serve = add_bench_serve_command(*command, exit_code);
+  // Parents of a chosen sub-command are parsed and called as well: a server has its model already.
+  serve->preparse_callback([command](size_t) { command->get_option("--model")->required(false); });
+  command->callback([options, exit_code, command, serve] {
+    if (command->got_subcommand(serve)) return;
     const absl::Status status = run(*options);
     if (!status.ok()) std::fprintf(stderr, "octet bench: %s\n", std::string(status.message()).c_str());
     *exit_code = status.ok() ? 0 : 1;

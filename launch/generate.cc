@@ -1,7 +1,10 @@
 #include "launch/generate.h"
 
+#include <grpcpp/grpcpp.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <functional>
 #include <memory>
 #include <utility>
 
@@ -11,13 +14,30 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "coordinator/text/utf8.h"
-#include "launch/generate_client.h"
 #include "launch/generate_print.h"
 #include "launch/interrupt.h"
-#include "octet/v1/inference_service.pb.h"
+#include "octet/v1/inference_service.grpc.pb.h"
 
 namespace octet {
 namespace {
+
+absl::Status generate(Connection& server, const GenerateOptions& options, const v1::GenerateRequest& request,
+                      const std::function<void(const v1::GenerateResponse&)>& take) {
+  auto stub = v1::InferenceService::NewStub(server.channel());
+  const grpc::Status status = server.with_context(server.make_context(), [&](grpc::ClientContext* context) {
+    if (options.timeout_seconds.has_value()) {
+      context->set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(*options.timeout_seconds)));
+    }
+    auto reader = stub->Generate(context, request);
+    for (v1::GenerateResponse response; reader->Read(&response);) take(response);
+    return reader->Finish();
+  });
+  if (status.ok()) return absl::OkStatus();
+  std::string message = status.error_message();
+  if (status.error_code() == grpc::StatusCode::UNAUTHENTICATED) message += ": give it with --token-file FILE";
+  if (status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED) message += " (--timeout)";
+  return absl::Status(static_cast<absl::StatusCode>(status.error_code()), message);
+}
 
 void add_adjustments(const GenerateOptions& options, v1::SamplingParams* sampling) {
   if (options.presence_penalty.has_value()) sampling->set_presence_penalty(*options.presence_penalty);
@@ -85,6 +105,7 @@ absl::StatusOr<v1::GenerateRequest> make_request(const GenerateOptions& options)
   request.set_parse_special(options.parse_special);
   request.set_echo(options.echo);
   if (options.prompt_logprobs.has_value()) request.set_prompt_logprobs(*options.prompt_logprobs);
+  if (!options.request_id.empty()) request.set_request_id(options.request_id);
   if (options.priority.has_value()) request.set_priority(*options.priority);
   if (!options.cache_salt.empty()) request.set_cache_salt(to_valid_utf8(options.cache_salt));
   if (options.logprobs.has_value()) {
@@ -95,14 +116,14 @@ absl::StatusOr<v1::GenerateRequest> make_request(const GenerateOptions& options)
   return request;
 }
 
-absl::Status ask(const GenerateOptions& options, GenerateClient* client) {
+absl::Status ask(const GenerateOptions& options, Connection& server) {
   absl::StatusOr<v1::GenerateRequest> request = make_request(options);
   if (!request.ok()) return request.status();
-  if (absl::Status status = client->connect(); !status.ok()) return status;
+  if (absl::Status status = server.open(); !status.ok()) return status;
   const std::unique_ptr<AnswerPrinter> printer =
       options.json ? make_json_printer() : make_text_printer(options.n.value_or(1) > 1);
   absl::Status status =
-      client->generate(*request, [&](const v1::GenerateResponse& response) { printer->take(response); });
+      generate(server, options, *request, [&](const v1::GenerateResponse& response) { printer->take(response); });
   printer->end(status.ok());
   return status;
 }
@@ -117,20 +138,11 @@ CLI::App* add_generate_command(CLI::App& app, GenerateOptions* options) {
       "  octet generate --prompt \"Once upon a time\" --max-tokens 50 --temperature 0\n"
       "  octet generate --address-file /tmp/octet.json --wait 600 --json --chat --system \"Be brief.\" Hello\n"
       "Ctrl-C stops the server's work on the answer too. Exit codes: 0, 1 after an error, 130 after Ctrl-C.");
-  CLI::Option* address =
-      command->add_option("--address", options->address, "The server's HOST:PORT")->capture_default_str();
-  command->add_option("--address-file", options->address_file, "The file that octet serve --address-file wrote")
-      ->excludes(address);
-  command->add_option("--token-file", options->token_file, "The server's token");
-  command->add_option("--tls-ca", options->tls_ca, "PEM file with the authority of the server's certificate: TLS");
-  command->add_option("--tls-cert", options->tls_cert, "PEM file with this client's certificate chain");
-  command->add_option("--tls-key", options->tls_key, "PEM file with its private key");
+  add_connection_options(*command, options);
   command->add_option("--request-id", options->request_id, "Name of this request in the server's log, and for Abort");
   command->add_option("--priority", options->priority, "0, the most urgent, to 9");
   command->add_option("--cache-salt", options->cache_salt,
                       "Share cached prefixes only with requests that say the same");
-  command->add_option("--wait", options->wait_seconds, "Wait this many seconds for a server that starts or loads")
-      ->check(CLI::NonNegativeNumber);
   command->add_option("--timeout", options->timeout_seconds, "Give up on the answer after this many seconds")
       ->check(CLI::PositiveNumber);
 
@@ -199,9 +211,9 @@ CLI::App* add_generate_command(CLI::App& app, GenerateOptions* options) {
 }
 
 int run_generate(const GenerateOptions& options) {
-  GenerateClient client(options);
-  Interrupt interrupt([&] { client.cancel(); });
-  const absl::Status status = ask(options, &client);
+  Connection server(options);
+  Interrupt interrupt([&] { server.cancel(); });
+  const absl::Status status = ask(options, server);
   if (interrupt.signal() != 0) return 128 + interrupt.signal();
   if (status.ok()) return 0;
   std::fprintf(stderr, "octet generate: %s\n", std::string(status.message()).c_str());

@@ -7,21 +7,18 @@
 #include <string>
 #include <vector>
 
+#include "launch/connection.h"
+
 namespace CLI {
 class App;
 }
 
 namespace octet {
 
-struct GenerateOptions {
-  std::string address = "127.0.0.1:50051";
-  std::string address_file;  // wins over address
-  std::string token_file;
-  std::string tls_ca, tls_cert, tls_key;  // PEM files; empty: plain text, or no certificate of the client's
+struct GenerateOptions : ConnectionOptions {
   std::string request_id;
   std::optional<int32_t> priority;
   std::string cache_salt;
-  double wait_seconds = 0;                // for a server that is starting or loading
   std::optional<double> timeout_seconds;  // for the whole answer
 
   // Exactly one input.

@@ -4,8 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
-
-#include "worker/memory_plan.h"
+#include <utility>
 
 namespace octet {
 namespace {
@@ -16,8 +15,9 @@ constexpr int kBarCells = 30;
 
 }  // namespace
 
-Progress::Progress(std::string label)
+Progress::Progress(std::string label, std::function<std::string(int64_t)> amount)
     : label_(std::move(label)),
+      amount_(std::move(amount)),
       terminal_(isatty(STDERR_FILENO)),
       begin_(std::chrono::steady_clock::now()),
       shown_(begin_) {}
@@ -34,9 +34,9 @@ void Progress::update(int64_t done, int64_t total) {
   if (terminal_) {
     const int cells = static_cast<int>(share * kBarCells);
     std::fprintf(stderr, "\r%s [%s%s] %3.0f%% of %s ", label_.c_str(), std::string(cells, '#').c_str(),
-                 std::string(kBarCells - cells, '.').c_str(), 100 * share, human_bytes(total).c_str());
+                 std::string(kBarCells - cells, '.').c_str(), 100 * share, amount_(total).c_str());
   } else {
-    std::fprintf(stderr, "%s: %.0f%% of %s after %.0f s\n", label_.c_str(), 100 * share, human_bytes(total).c_str(),
+    std::fprintf(stderr, "%s: %.0f%% of %s after %.0f s\n", label_.c_str(), 100 * share, amount_(total).c_str(),
                  seconds());
   }
 }
@@ -46,6 +46,10 @@ void Progress::finish(int64_t total) {
   std::fprintf(stderr, "%s%s: %s in %.2f s (%.2f GB/s)%s\n", terminal_ ? "\r" : "", label_.c_str(),
                human_bytes(total).c_str(), took, static_cast<double>(total) / 1e9 / std::max(took, 1e-9),
                terminal_ ? std::string(30, ' ').c_str() : "");
+}
+
+void Progress::clear() {
+  if (terminal_) std::fprintf(stderr, "\r\033[K");
 }
 
 }  // namespace octet

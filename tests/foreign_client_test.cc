@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "tests/octet_server.h"
 #include "tests/process.h"
 #include "tests/random_model.h"
-#include "tests/served_process.h"
 
 namespace octet {
 namespace {
@@ -37,7 +37,7 @@ TEST(ForeignClient, StreamsCancelsAndHearsEveryStatus) {
   const std::string token_file = fresh_path("token");
   std::ofstream(token_file) << "s3cret\n";
   ASSERT_EQ(chmod(token_file.c_str(), 0600), 0);
-  ServedProcess server(write_random_model({}), 2, {"--token-file", token_file});
+  Server server(write_random_model({}), 2, {"--token-file", token_file});
   ASSERT_TRUE(server.ready());
   expect_success("grpcio_client.py", {server.address(), token_file, "--drain"});
   EXPECT_EQ(server.process().wait(std::chrono::seconds(30)), 0) << "drained by a call: " << server.process().err();
@@ -45,7 +45,7 @@ TEST(ForeignClient, StreamsCancelsAndHearsEveryStatus) {
 
 TEST(ForeignClient, TenThousandHostileRequestsChangeNothingForANeighbour) {
   SKIP_WITHOUT_GRPCIO();
-  ServedProcess server(write_random_model({}), 2);
+  Server server(write_random_model({}), 2);
   ASSERT_TRUE(server.ready());
   expect_success("hostile_client.py", {server.address(), "--requests", "10000"});
   EXPECT_TRUE(server.process().running()) << server.process().err();

@@ -9,15 +9,26 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "tests/octet_server.h"
 #include "tests/process.h"
 #include "tests/random_model.h"
-#include "tests/served_process.h"
 
 namespace octet {
 namespace {
 
 using nlohmann::json;
 using std::chrono::seconds;
+
+const std::string kOctet = OCTET_BINARY;
+
+// What --json prints for greedy decoding after these tokens.
+json greedy(const Server& server, const std::vector<int32_t>& prompt, int max_tokens) {
+  const Finished run = server.run({"generate", "--token-ids", absl::StrJoin(prompt, ","), "--max-tokens",
+                                   std::to_string(max_tokens), "--temperature", "0", "--logprobs", "2", "--json"});
+  EXPECT_EQ(run.status, 0) << run.err;
+  return run.status == 0 ? json::parse(run.out) : json();
+}
 
 std::vector<std::vector<int32_t>> prompts(int64_t vocab_size, const std::vector<int>& lengths) {
   std::mt19937_64 random(3);
@@ -40,11 +51,11 @@ std::vector<std::string> answers(const std::string& model, const Cell& cell,
                                  const std::vector<std::vector<int32_t>>& prompts) {
   std::vector<std::string> more = {"--threads", std::to_string(cell.threads)};
   if (!cell.nodes.empty()) more.insert(more.end(), {"--pretend-nodes", cell.nodes});
-  ServedProcess server(model, cell.ranks, more);
+  Server server(model, cell.ranks, more);
   std::vector<std::string> result;
   for (const auto& prompt : prompts) {
     if (!server.ready()) break;
-    json line = server.greedy(prompt, 8);
+    json line = greedy(server, prompt, 8);
     line.erase("usage");  // holds a random seed
     result.push_back(line.dump());
   }
@@ -74,14 +85,14 @@ TEST(Serve, GivesOneAnswerOnAnyRanksAndNodesOfSmolLM2) {
 }
 
 TEST(Serve, DrainsAndEndsCleanlyWhenToldTo) {
-  ServedProcess server(write_random_model({}), 2);
+  Server server(write_random_model({}), 2);
   ASSERT_TRUE(server.ready());
-  server.greedy({1, 2, 3}, 2);
+  greedy(server, {1, 2, 3}, 2);
   EXPECT_EQ(server.stop(SIGUSR1), 0) << server.process().err();
 }
 
 TEST(Serve, DrainsInsideTheTimeThatMpirunAllows) {
-  ServedProcess server(write_random_model({}), 2);
+  Server server(write_random_model({}), 2);
   ASSERT_TRUE(server.ready());
   // mpirun itself then ends with 1, however cleanly its ranks ended.
   EXPECT_EQ(server.stop(SIGTERM), 1) << server.process().err();
@@ -90,13 +101,13 @@ TEST(Serve, DrainsInsideTheTimeThatMpirunAllows) {
 
 TEST(Serve, RefusesASecondServerOnItsPort) {
   const std::string model = write_random_model({});
-  ServedProcess first(model, 1);
+  Server first(model, 1);
   ASSERT_TRUE(first.ready());
   const Finished second =
       run_command(mpirun(1, {kOctet, "serve", "--model", model, "--address", first.address()}), mpirun_environment());
   EXPECT_NE(second.status, 0);
   EXPECT_TRUE(absl::StrContains(second.err, "in use")) << second.err;
-  EXPECT_EQ(first.greedy({5}, 1)["finish_reason"], "length");
+  EXPECT_EQ(greedy(first, {5}, 1)["finish_reason"], "length");
 }
 
 // A start that must fail: what is started, and what its message must hold.
@@ -165,7 +176,7 @@ TEST(Serve, RefusesRanksThatSeeDifferentModels) {
 }
 
 TEST(Serve, EndsEveryRankWhenOneIsKilled) {
-  ServedProcess server(write_random_model({}), 3);
+  Server server(write_random_model({}), 3);
   ASSERT_TRUE(server.ready());
   const std::vector<pid_t> ranks = server.process().children();
   ASSERT_EQ(ranks.size(), 3u);
