@@ -228,6 +228,8 @@ EngineStats Engine::stats() const {
   const std::lock_guard lock(impl_->mutex);
   EngineStats stats = impl_->stats;
   stats.waiting += static_cast<int32_t>(impl_->inbox.submissions.size());
+  stats.draining = impl_->draining;
+  stats.failed = !impl_->failure.ok();
   return stats;
 }
 
