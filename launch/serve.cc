@@ -19,6 +19,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_format.h"
 #include "coordinator/engine.h"
+#include "coordinator/metrics.h"
 #include "coordinator/rpc_worker_group.h"
 #include "coordinator/served_model.h"
 #include "coordinator/server.h"
@@ -41,6 +42,8 @@ namespace {
 struct ServeOptions {
   RuntimeOptions runtime;
   ServerOptions server{.address = "127.0.0.1:50051"};
+  std::string metrics_address;  // empty: none
+  std::string metrics_compat;
   std::string pretend_nodes;
   int max_waiting = 1024;
   double drain_seconds = 1.0;
@@ -159,6 +162,19 @@ class Rank {
     absl::StatusOr<std::unique_ptr<Server>> server = Server::start(options_.server);
     if (!server.ok()) return server.status();
     server_ = *std::move(server);
+    return listen_for_metrics();
+  }
+
+  absl::Status listen_for_metrics() {
+    if (options_.metrics_address.empty()) return absl::OkStatus();
+    absl::StatusOr<std::unique_ptr<Metrics>> metrics = Metrics::start({.address = options_.metrics_address,
+                                                                       .vllm_names = options_.metrics_compat == "vllm",
+                                                                       .version = kVersion,
+                                                                       .ranks = job_.size(),
+                                                                       .max_context = plan_->limits.max_context});
+    if (!metrics.ok()) return metrics.status();
+    metrics_ = *std::move(metrics);
+    log(absl::StrFormat("metrics at http://%s/metrics", metrics_->address()));
     return absl::OkStatus();
   }
 
@@ -220,8 +236,9 @@ class Rank {
 
     on_drain_signals(on_drain_signal);
     std::optional<Engine> engine;
-    engine.emplace(EngineOptions{.limits = plan_->limits, .max_waiting = options_.max_waiting}, group_.get(),
-                   [this](const absl::Status& cause) { fail(cause); });
+    engine.emplace(
+        EngineOptions{.limits = plan_->limits, .max_waiting = options_.max_waiting, .observer = metrics_.get()},
+        group_.get(), [this](const absl::Status& cause) { fail(cause); });
     model_->limits = plan_->limits;
     const ServerFacts facts{
         .version = kVersion,
@@ -231,6 +248,7 @@ class Rank {
         .device = "cpu",
         .isa = name_of(stream_->isa())};
     if (absl::Status status = server_->open(facts, model_, &*engine); !status.ok()) return status;
+    if (metrics_) metrics_->open(facts, model_->name, plan_->limits, [&engine] { return engine->stats(); });
     log(absl::StrFormat("serving %s on %s: %d ranks with %d threads (%s), numerics id %s", model_->name,
                         server_->address(), facts.ranks, facts.threads_per_rank, facts.isa, facts.numerics_id));
 
@@ -247,6 +265,7 @@ class Rank {
     engine->wait_idle(std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::milliseconds>(
                                                              std::chrono::duration<double>(options_.drain_seconds)));
     server_->shutdown(absl::UnavailableError("the server is shutting down"), absl::Milliseconds(500));
+    if (metrics_) metrics_->close();
     engine.reset();  // sends the stop plan
     group_.reset();
     log("drained");
@@ -297,6 +316,7 @@ class Rank {
   absl::Status failure_;
   std::shared_ptr<ServedModel> model_;
   std::unique_ptr<Server> server_;
+  std::unique_ptr<Metrics> metrics_;  // null: not asked for
   std::unique_ptr<RpcWorkerGroup> group_;
 };
 
@@ -337,6 +357,14 @@ void add_serve_command(CLI::App& app, int* exit_code) {
   command->add_flag("--insecure", options->server.insecure, "Listen beyond this machine without a token, knowingly");
   command->add_option("--advertise-host", options->server.advertise_host,
                       "What others call this machine, for the address file [its host name]");
+  CLI::Option* metrics_address = command->add_option(
+      "--metrics-address", options->metrics_address,
+      "HOST:PORT for Prometheus, IPv4: http://HOST:PORT/metrics, without a token; port 0 takes a free one [none]");
+  command
+      ->add_option("--metrics-compat", options->metrics_compat,
+                   "vllm: serve metrics under vLLM's names too, for dashboards and gateways made for them")
+      ->check(CLI::IsMember({"vllm"}))
+      ->needs(metrics_address);
   command->add_option("--max-waiting", options->max_waiting, "Requests that may wait for a slot; more are refused")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
