@@ -6,14 +6,15 @@
 #include <functional>
 #include <string>
 
+#include "absl/status/status.h"
+
 namespace octet {
 
 struct CallReport {
-  std::string method;      // "Generate"
+  std::string method;      // "octet.v1.InferenceService/Generate"
   std::string request_id;  // the client's, or given here; printable ASCII
   std::string trace_id;    // of the client's traceparent; empty: none
-  std::string status;      // "OK", "DEADLINE_EXCEEDED"
-  std::string message;     // of a status that is not OK
+  absl::Status status;     // OK, or what the client was told
   int32_t prompt_tokens = 0, cached_tokens = 0, completion_tokens = 0;
   double first_token_seconds = 0;  // 0: none came
   double total_seconds = 0;

@@ -90,7 +90,7 @@ struct Engine::Impl {
   absl::Status turn();
   bool submit_next();
   absl::Status collect_oldest();
-  void report_step(const StepResult& result, double apply_seconds);
+  void report_step(const StepResult* result, double apply_seconds);
   void publish();
   void deliver();
   void report(const TokenEvent& event, Live* live, Clock::time_point now) const;
@@ -203,34 +203,42 @@ bool Engine::Impl::submit_next() {
 
 absl::Status Engine::Impl::collect_oldest() {
   const absl::StatusOr<StepResult> result = group->collect();
-  if (!result.ok()) return result.status();
+  if (!result.ok()) {
+    report_step(nullptr, 0.0);
+    return result.status();
+  }
   // The workers' state is unknown after a plan that broke its contract or numbers that are not numbers: nothing that
   // this group says later could be trusted.
   if (!result->error.empty()) {
+    report_step(&*result, 0.0);
     return absl::InternalError(absl::StrCat("step ", result->step, " failed: ", result->error));
   }
   const Clock::time_point begin = Clock::now();
   scheduler.apply(*result, &events);
-  report_step(*result, seconds_between(begin, Clock::now()));
+  report_step(&*result, seconds_between(begin, Clock::now()));
   publish();
   deliver();
   return absl::OkStatus();
 }
 
-void Engine::Impl::report_step(const StepResult& result, double apply_seconds) {
+// Of the oldest step in flight; without a result when the group has failed.
+void Engine::Impl::report_step(const StepResult* result, double apply_seconds) {
   const Flight& flight = flights.front();
   const Clock::time_point now = Clock::now();
+  const size_t sampled = result != nullptr ? result->sampled.size() : 0;
   ++steps;
-  generated_tokens += result.sampled.size();
+  generated_tokens += sampled;
   prompt_tokens += static_cast<uint64_t>(flight.prompt_tokens);
   if (options.observer != nullptr) {
     StepReport report{.seconds = seconds_between(std::max(last_result, flight.submitted), now),
                       .schedule_seconds = flight.plan_seconds + apply_seconds,
                       .prompt_tokens = flight.prompt_tokens,
-                      .sampled_tokens = static_cast<int32_t>(result.sampled.size()),
+                      .sampled_tokens = static_cast<int32_t>(sampled),
                       .sequences = flight.sequences,
-                      .result = &result};
-    if (!result.timings.empty()) report.gap_seconds = std::max(0.0, report.seconds - result.timings[0].run_seconds);
+                      .result = result};
+    if (result != nullptr && !result->timings.empty()) {
+      report.gap_seconds = std::max(0.0, report.seconds - result->timings[0].run_seconds);
+    }
     options.observer->on_step(report);
   }
   last_result = now;
@@ -246,6 +254,7 @@ void Engine::Impl::publish() {
   stats.steps = steps;
   stats.prompt_tokens = prompt_tokens;
   stats.generated_tokens = generated_tokens;
+  stats.queried_prompt_tokens = options.prefix_cache ? scheduler.counts().prompt_tokens : 0;
   stats.cached_prompt_tokens = scheduler.counts().cached_prompt_tokens;
   stats.preemptions = scheduler.counts().preemptions;
 }
@@ -266,8 +275,12 @@ void Engine::Impl::deliver() {
 void Engine::Impl::report(const TokenEvent& event, Live* request, Clock::time_point now) const {
   Live::Output& output = request->outputs[event.output_index];
   if (event.token.has_value()) {
-    if (output.last_token.has_value() && options.observer != nullptr) {
-      options.observer->on_token(seconds_between(*output.last_token, now));
+    if (options.observer != nullptr) {
+      if (output.last_token.has_value()) {
+        options.observer->on_token(seconds_between(*output.last_token, now));
+      } else {
+        options.observer->on_first_token(seconds_between(request->submitted, now));
+      }
     }
     if (!output.first_token.has_value()) output.first_token = now;
     output.last_token = now;
@@ -386,6 +399,8 @@ EngineStats Engine::stats() const {
   const std::lock_guard lock(impl_->mutex);
   EngineStats stats = impl_->stats;
   stats.waiting += impl_->inbox.outputs;
+  stats.draining = impl_->draining;
+  stats.failed = !impl_->failure.ok();
   return stats;
 }
 

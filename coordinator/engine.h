@@ -33,7 +33,8 @@ struct StepReport {
   double gap_seconds = 0;       // of them, rank 0's worker did not run the step
   double schedule_seconds = 0;  // that the engine spent on planning the step and taking in its result
   int32_t prompt_tokens = 0, sampled_tokens = 0, sequences = 0;
-  const StepResult* result = nullptr;  // valid during the call; timings by rank
+  // Valid during the call; timings by rank. A failed step is reported too: it has an error, or no result at all.
+  const StepResult* result = nullptr;
 };
 
 // Told what happens. Called on the engine thread: must return at once.
@@ -41,6 +42,7 @@ class EngineObserver {
  public:
   virtual ~EngineObserver() = default;
   virtual void on_step(const StepReport& report) = 0;
+  virtual void on_first_token(double seconds_since_submitted) = 0;
   virtual void on_token(double seconds_since_previous) = 0;  // an output's second and later tokens
   virtual void on_output_end(const OutputReport& report) = 0;
 };
@@ -65,8 +67,10 @@ struct EngineStats {
   int32_t blocks_total = 0, blocks_free = 0;
   int32_t blocks_cached = 0;  // of the free ones: they hold prefixes that may be needed again
   uint64_t steps = 0, prompt_tokens = 0, generated_tokens = 0;
-  uint64_t cached_prompt_tokens = 0;  // that the prefix cache saved
+  uint64_t queried_prompt_tokens = 0;  // that were looked up in the prefix cache
+  uint64_t cached_prompt_tokens = 0;   // of them, that it saved
   uint64_t preemptions = 0;
+  bool draining = false, failed = false;  // no new requests are taken
 };
 
 class Engine {

@@ -94,7 +94,7 @@ void CallRoom::enter(std::shared_ptr<EngineCall> call) {
 void CallRoom::leave(const std::shared_ptr<EngineCall>& call, const CallReport& report) {
   if (listener_) listener_(report);
   const std::lock_guard lock(mutex_);
-  if (report.status == "OK") recent_call_seconds_ += 0.1 * (report.total_seconds - recent_call_seconds_);
+  if (report.status.ok()) recent_call_seconds_ += 0.1 * (report.total_seconds - recent_call_seconds_);
   calls_.erase(call);
   if (calls_.empty()) changed_.notify_all();
 }
@@ -131,7 +131,7 @@ void CallRoom::watch() {
 
 EngineCall::EngineCall(CallRoom* room, grpc::CallbackServerContext* context, const char* method)
     : room_(room), context_(context), began_(absl::Now()) {
-  report_.method = method;
+  report_.method = absl::StrCat("octet.v1.InferenceService/", method);
 }
 
 void EngineCall::start() {
@@ -258,8 +258,7 @@ void EngineCall::cancel_request() {
 
 bool EngineCall::note_finished(const absl::Status& status) {
   if (std::exchange(finished_, true)) return false;
-  report_.status = status.ok() ? "OK" : absl::StatusCodeToString(status.code());
-  report_.message = std::string(status.message());
+  report_.status = status;
   return true;
 }
 

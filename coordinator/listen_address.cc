@@ -49,7 +49,7 @@ bool is_wildcard(const sockaddr* address) {
          IN6_IS_ADDR_UNSPECIFIED(&reinterpret_cast<const sockaddr_in6*>(address)->sin6_addr);
 }
 
-// 0, or the errno of a bind as gRPC would do it. The socket never listens.
+// 0, or the errno of a bind as servers do it. The socket never listens.
 int try_bind(const addrinfo& address) {
   const int fd = socket(address.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return errno;
@@ -95,28 +95,28 @@ absl::StatusOr<ListenAddress> parse_listen_address(const std::string& text) {
   return address;
 }
 
-absl::Status check_bindable(const ListenAddress& address) {
+absl::Status check_bindable(const ListenAddress& address, absl::string_view option) {
   absl::StatusOr<AddressList> found = resolve(address.host, address.port);
   if (!found.ok()) return found.status();
   int error = 0;
   for (const addrinfo* one = found->get(); one != nullptr; one = one->ai_next) {
     const int this_error = try_bind(*one);
     if (this_error == EADDRINUSE) {
-      return absl::UnavailableError(absl::StrCat("port ", address.port, " of ", address.host,
-                                                 " is in use: stop the server that has it, or choose another port with "
-                                                 "--address (port 0 takes a free one)"));
+      return absl::UnavailableError(
+          absl::StrCat("port ", address.port, " of ", address.host,
+                       " is in use: stop the server that has it, or choose another port with ", option,
+                       " (port 0 takes a free one)"));
     }
     if (this_error == 0) return absl::OkStatus();  // one family is enough: a host may lack IPv6
     error = this_error;
   }
   if (error == EACCES) {
-    return absl::FailedPreconditionError(absl::StrCat("port ", address.port,
-                                                      " may not be used by this user: choose one from 1024 on with "
-                                                      "--address"));
+    return absl::FailedPreconditionError(
+        absl::StrCat("port ", address.port, " may not be used by this user: choose one from 1024 on with ", option));
   }
   return absl::FailedPreconditionError(
-      absl::StrCat("cannot listen at ", address.to_string(), ": ", std::strerror(error),
-                   "; --address takes an address that this machine has, such as 127.0.0.1:50051"));
+      absl::StrCat("cannot listen at ", address.to_string(), ": ", std::strerror(error), "; ", option,
+                   " takes an address that this machine has, such as 127.0.0.1:", address.port));
 }
 
 }  // namespace octet

@@ -1,10 +1,12 @@
-// HOST:PORT for listening: what it means on this machine, found out before gRPC is asked, whose errors have no reasons.
+// HOST:PORT for listening: what it means on this machine, found out before gRPC or another server is asked, whose
+// errors have no reasons.
 #pragma once
 
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 
 namespace octet {
 
@@ -22,7 +24,7 @@ struct ListenAddress {
 absl::StatusOr<ListenAddress> parse_listen_address(const std::string& text);
 
 // Whether the port can be bound. UNAVAILABLE when it is in use, FAILED_PRECONDITION when this machine does not have the
-// address or this user may not: each says what helps.
-absl::Status check_bindable(const ListenAddress& address);
+// address or this user may not: each says what helps, and by which option.
+absl::Status check_bindable(const ListenAddress& address, absl::string_view option = "--address");
 
 }  // namespace octet

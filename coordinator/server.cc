@@ -182,7 +182,7 @@ absl::Status Server::Impl::listen_for_control() {
     absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials =
         make_server_credentials(options.access, *parsed);
     if (!credentials.ok()) return credentials.status();
-    if (absl::Status status = check_bindable(*parsed); !status.ok()) return status;
+    if (absl::Status status = check_bindable(*parsed, "--control-address"); !status.ok()) return status;
     builder.AddListeningPort(parsed->to_string(), *credentials, &port);
   }
   // Nobody but its owner may connect, from the first moment on.

@@ -19,6 +19,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_format.h"
 #include "coordinator/engine.h"
+#include "coordinator/metrics.h"
 #include "coordinator/rpc_worker_group.h"
 #include "coordinator/served_model.h"
 #include "coordinator/server.h"
@@ -42,6 +43,8 @@ namespace {
 struct ServeOptions {
   RuntimeOptions runtime;
   ServerOptions server{.address = "127.0.0.1:50051"};
+  std::string metrics_address;  // empty: none
+  std::string metrics_compat;
   std::string pretend_nodes;
   int max_waiting = 1024;
   bool prefix_cache = true;
@@ -75,14 +78,16 @@ std::string host_name() {
 
 // One line for each call that has ended.
 void log_call(const CallReport& call) {
-  nlohmann::ordered_json fields = {{"method", call.method}, {"request_id", call.request_id}, {"status", call.status}};
+  nlohmann::ordered_json fields = {{"method", call.method},
+                                   {"request_id", call.request_id},
+                                   {"status", absl::StatusCodeToString(call.status.code())}};
   if (!call.trace_id.empty()) fields["trace_id"] = call.trace_id;
   fields.update({{"prompt_tokens", call.prompt_tokens},
                  {"cached_tokens", call.cached_tokens},
                  {"completion_tokens", call.completion_tokens},
                  {"first_token_seconds", call.first_token_seconds},
                  {"total_seconds", call.total_seconds}});
-  if (!call.message.empty()) fields["error"] = call.message;
+  if (!call.status.ok()) fields["error"] = std::string(call.status.message());
   log_line(LogLevel::kInfo, "call ended", fields);
 }
 
@@ -175,10 +180,26 @@ class Rank {
     ServerOptions server_options = options_.server;
     server_options.streams.stall = absl::Seconds(options_.stall_seconds);
     server_options.on_drain = [] { on_drain_signal(0); };
-    server_options.on_call_end = log_call;
+    server_options.on_call_end = [this](const CallReport& call) {
+      log_call(call);
+      if (metrics_) metrics_->on_call_end(call.method, call.status.code(), call.total_seconds);
+    };
     absl::StatusOr<std::unique_ptr<Server>> server = Server::start(server_options);
     if (!server.ok()) return server.status();
     server_ = *std::move(server);
+    return listen_for_metrics();
+  }
+
+  absl::Status listen_for_metrics() {
+    if (options_.metrics_address.empty()) return absl::OkStatus();
+    absl::StatusOr<std::unique_ptr<Metrics>> metrics = Metrics::start({.address = options_.metrics_address,
+                                                                       .vllm_names = options_.metrics_compat == "vllm",
+                                                                       .version = kVersion,
+                                                                       .ranks = job_.size(),
+                                                                       .max_context = plan_->limits.max_context});
+    if (!metrics.ok()) return metrics.status();
+    metrics_ = *std::move(metrics);
+    log(absl::StrFormat("metrics at http://%s/metrics", metrics_->address()));
     return absl::OkStatus();
   }
 
@@ -239,10 +260,11 @@ class Rank {
 
     on_drain_signals(on_drain_signal);
     std::optional<Engine> engine;
-    engine.emplace(
-        EngineOptions{
-            .limits = plan_->limits, .max_waiting = options_.max_waiting, .prefix_cache = options_.prefix_cache},
-        group_.get(), [this](const absl::Status& cause) { fail(cause); });
+    engine.emplace(EngineOptions{.limits = plan_->limits,
+                                 .max_waiting = options_.max_waiting,
+                                 .prefix_cache = options_.prefix_cache,
+                                 .observer = metrics_.get()},
+                   group_.get(), [this](const absl::Status& cause) { fail(cause); });
     model_->limits = plan_->limits;
     const ServerFacts facts{
         .version = kVersion,
@@ -252,6 +274,7 @@ class Rank {
         .device = "cpu",
         .isa = name_of(stream_->isa())};
     if (absl::Status status = server_->open(facts, model_, &*engine); !status.ok()) return status;
+    if (metrics_) metrics_->open(facts, model_->name, plan_->limits, [&engine] { return engine->stats(); });
     log(absl::StrFormat("serving %s on %s: %d ranks with %d threads (%s), numerics id %s", model_->name,
                         server_->address(), facts.ranks, facts.threads_per_rank, facts.isa, facts.numerics_id));
 
@@ -268,6 +291,7 @@ class Rank {
     engine->wait_idle(std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::milliseconds>(
                                                              std::chrono::duration<double>(options_.drain_seconds)));
     server_->shutdown(absl::UnavailableError("the server is shutting down"), absl::Milliseconds(500));
+    if (metrics_) metrics_->close();
     engine.reset();  // sends the stop plan
     group_.reset();
     log("drained");
@@ -317,7 +341,8 @@ class Rank {
   std::mutex failure_mutex_;
   absl::Status failure_;
   std::shared_ptr<ServedModel> model_;
-  std::unique_ptr<Server> server_;
+  std::unique_ptr<Metrics> metrics_;  // null: not asked for
+  std::unique_ptr<Server> server_;    // its calls are counted there
   std::unique_ptr<RpcWorkerGroup> group_;
 };
 
@@ -369,6 +394,14 @@ void add_serve_command(CLI::App& app, int* exit_code) {
                     "Listen beyond this machine without a token, knowingly");
   command->add_option("--advertise-host", options->server.advertise_host,
                       "What others call this machine, for the address file [its host name]");
+  CLI::Option* metrics_address = command->add_option(
+      "--metrics-address", options->metrics_address,
+      "HOST:PORT for Prometheus, IPv4: http://HOST:PORT/metrics, without a token; port 0 takes a free one [none]");
+  command
+      ->add_option("--metrics-compat", options->metrics_compat,
+                   "vllm: serve metrics under vLLM's names too, for dashboards and gateways made for them")
+      ->check(CLI::IsMember({"vllm"}))
+      ->needs(metrics_address);
   command->add_option("--max-waiting", options->max_waiting, "Outputs that may wait for a slot; more are refused")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

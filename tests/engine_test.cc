@@ -525,13 +525,17 @@ struct CountingObserver : EngineObserver {
     EXPECT_GT(report.schedule_seconds, 0.0);
     EXPECT_NE(report.result, nullptr);
   }
+  void on_first_token(double seconds_since_submitted) override {
+    ++first_tokens;
+    EXPECT_GT(seconds_since_submitted, 0.0);
+  }
   void on_token(double seconds_since_previous) override {
     ++later_tokens;
     EXPECT_GE(seconds_since_previous, 0.0);
   }
   void on_output_end(const OutputReport& report) override { ended.push_back(report); }
 
-  int64_t steps = 0, prompt_tokens = 0, sampled_tokens = 0, later_tokens = 0;
+  int64_t steps = 0, prompt_tokens = 0, sampled_tokens = 0, first_tokens = 0, later_tokens = 0;
   std::vector<OutputReport> ended;
 };
 
@@ -544,6 +548,7 @@ TEST(Engine, TellsItsObserverWhatHappens) {
   EXPECT_EQ(observer.steps, 7) << "two chunks of the prompt, four decodes, one close";
   EXPECT_EQ(observer.prompt_tokens, 10);
   EXPECT_EQ(observer.sampled_tokens, 5);
+  EXPECT_EQ(observer.first_tokens, 1);
   EXPECT_EQ(observer.later_tokens, 4);
   ASSERT_EQ(observer.ended.size(), 1u);
   const OutputReport& report = observer.ended[0];

@@ -44,6 +44,8 @@ const std::vector<Library>& libraries() {
       {"protobuf", std::regex("google/(protobuf|rpc)/.*|.*\\.pb\\.h"),
        std::regex("worker/(worker_service|step_wire).*|"
                   "coordinator/(rpc_.*|.*_service|token_auth|server.*|generate_.*)\\..*|launch/.*|tests/.*")},
+      {"prometheus-cpp", std::regex("prometheus/.*|civetweb\\.h|CivetServer\\.h"),
+       std::regex("coordinator/metrics\\..*|tests/.*")},
       {"PCRE2", std::regex("pcre2.*\\.h"), std::regex("coordinator/text/.*|tests/.*")},
       {"spdlog", std::regex("spdlog/.*"), std::regex("launch/log\\..*|tests/.*")},
       {"libsodium", std::regex("sodium.*"), std::regex("coordinator/prefix_index\\..*|tests/.*")},
@@ -178,10 +180,12 @@ TEST(Layering, RefusesALibraryOutsideItsPlace) {
   EXPECT_TRUE(violation("coordinator/generate_request.cc", "grpcpp/grpcpp.h"));
   EXPECT_TRUE(violation("coordinator/text/tokenizer.cc", "CLI/CLI.hpp"));
   EXPECT_TRUE(violation("coordinator/engine.cc", "pcre2.h"));
+  EXPECT_TRUE(violation("coordinator/engine.cc", "prometheus/counter.h"));
   EXPECT_FALSE(violation("launch/bootstrap.cc", "mpi.h"));
   EXPECT_FALSE(violation("worker/collective/mpi_communicator.cc", "mpi.h"));
   EXPECT_FALSE(violation("worker/step_wire.cc", "octet/internal/v1/worker.pb.h"));
   EXPECT_FALSE(violation("coordinator/inference_service.cc", "grpcpp/grpcpp.h"));
+  EXPECT_FALSE(violation("coordinator/metrics.cc", "prometheus/exposer.h"));
   EXPECT_FALSE(violation("kernels/cuda/matmul.cu", "cuda_fp8.h"));
 }
 
@@ -210,7 +214,8 @@ TEST(Layering, TheCoreLoadsNeitherGrpcNorMpi) {
   int known = 0;
   for (const std::string& library : loaded) {
     known += library.find("libstdc++") != std::string::npos;
-    for (const char* forbidden : {"libgrpc", "libprotobuf", "libmpi", "libopen-rte", "libcuda", "libnccl"}) {
+    for (const char* forbidden :
+         {"libgrpc", "libprotobuf", "libprometheus", "libmpi", "libopen-rte", "libcuda", "libnccl"}) {
       EXPECT_EQ(library.find(forbidden), std::string::npos) << "the core links " << library;
     }
   }

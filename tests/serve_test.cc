@@ -10,6 +10,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "tests/http_get.h"
 #include "tests/octet_server.h"
 #include "tests/process.h"
 #include "tests/random_model.h"
@@ -110,6 +111,23 @@ TEST(Serve, RefusesASecondServerOnItsPort) {
   EXPECT_EQ(greedy(first, {5}, 1)["finish_reason"], "length");
 }
 
+TEST(Serve, ShowsItsMetrics) {
+  Server server(write_random_model({}), 2, {"--metrics-address", "127.0.0.1:0", "--metrics-compat", "vllm"});
+  ASSERT_TRUE(server.ready());
+  const std::string err = server.process().err(), intro = "metrics at http://";
+  ASSERT_TRUE(absl::StrContains(err, intro)) << err;
+  const size_t begin = err.find(intro) + intro.size();
+  const std::string address = err.substr(begin, err.find("/metrics", begin) - begin);
+  greedy(server, {1, 2, 3}, 4);
+  const std::string page = http_get(address, "/metrics").body;
+  for (const char* line :
+       {"\noctet_serving 1\n", "\noctet_prompt_tokens_total 3\n", "\noctet_generated_tokens_total 4\n",
+        "stage=\"collective\"", "vllm:num_requests_running{model_name="}) {
+    EXPECT_TRUE(absl::StrContains(page, line)) << line << "is not in\n" << page;
+  }
+  EXPECT_EQ(server.stop(SIGUSR1), 0) << server.process().err();
+}
+
 // A start that must fail: what is started, and what its message must hold.
 struct BadStart {
   std::string name;
@@ -148,6 +166,11 @@ TEST(Serve, RefusesBadStartsWithASentence) {
       {"cache larger than memory", 2, {"--model", good, "--kv-memory", "100000GiB"}, "--kv-memory"},
       {"open to the network", 1, {"--model", good, "--address", "0.0.0.0:0"}, "--token-file"},
       {"bad address", 1, {"--model", good, "--address", "nonsense"}, "nonsense"},
+      {"metrics at an address of others",
+       2,
+       {"--model", good, "--metrics-address", "192.0.2.1:0"},
+       "--metrics-address"},
+      {"names of metrics without an address", 1, {"--model", good, "--metrics-compat", "vllm"}, "--metrics-address"},
       {"pretended nodes that do not add up", 3, {"--model", good, "--pretend-nodes", "2+2"}, "2+2"},
       {"no rank's share of threads", 1, {"--model", good, "--threads", "0"}, "--threads"},
   };

@@ -100,6 +100,7 @@ class GapObserver : public EngineObserver {
     shares.push_back(100.0 * report.gap_seconds / report.seconds);
     schedules.push_back(report.schedule_seconds * 1e6);
   }
+  void on_first_token(double) override {}
   void on_token(double) override {}
   void on_output_end(const OutputReport&) override {}
   std::vector<double> gaps, shares, schedules;

@@ -6,7 +6,7 @@
 
 int main(int argc, char** argv) {
   octet::ServerOptions options;
-  if (argc > 1) options.token_file = argv[1];
+  if (argc > 1) options.access.token_file = argv[1];
   octet::FakeServer fake(options, "hello, w\u00f6rld");
   fake.group.set_step_time(std::chrono::milliseconds(5));
   std::printf("%s\n", fake.server->address().c_str());
