@@ -110,8 +110,7 @@ struct ControlService::Impl final : public v1::ControlService::CallbackService {
       fill(*open);
       reactor->Finish(grpc::Status::OK);
     } else {
-      reactor->Finish(to_rpc_status(
-          with_retry_hint(absl::UnavailableError("the model is loading: try again later"), absl::Seconds(1))));
+      reactor->Finish(to_rpc_status(model_is_loading()));
     }
     return reactor;
   }

@@ -163,7 +163,7 @@ void Engine::Impl::feed_scheduler() {
   }
   for (const Cancel& cancel : taken.cancels) {
     if (cancel.output_index.has_value()) {
-      scheduler.cancel(cancel.request, *cancel.output_index);
+      scheduler.stop(cancel.request, *cancel.output_index);
     } else {
       scheduler.cancel(cancel.request);
     }
@@ -381,7 +381,7 @@ absl::StatusOr<RequestId> Engine::submit(Request request, std::shared_ptr<Reques
 
 void Engine::cancel(RequestId id) { impl_->cancel({.request = id}); }
 
-void Engine::cancel(RequestId id, uint32_t output_index) {
+void Engine::stop(RequestId id, uint32_t output_index) {
   impl_->cancel({.request = id, .output_index = output_index});
 }
 

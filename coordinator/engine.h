@@ -55,7 +55,7 @@ struct EngineOptions {
 };
 
 // Where a request's events go. Called on the engine thread: must return at once and may call the engine back only
-// through submit(), cancel() and stats(), which never wait for a step.
+// through submit(), cancel(), stop() and stats(), which never wait for a step.
 class RequestSink {
  public:
   virtual ~RequestSink() = default;
@@ -94,9 +94,9 @@ class Engine {
   // or failed, with the cause. A refused request's sink gets nothing.
   absl::StatusOr<RequestId> submit(Request request, std::shared_ptr<RequestSink> sink);
 
-  // Any thread; never blocks. Ends the request, or one output of it. Unknown ids are ignored.
+  // Any thread; never blocks. Ends the request (kCancelled), or one output of it (kStopped). Unknown ones are ignored.
   void cancel(RequestId id);
-  void cancel(RequestId id, uint32_t output_index);
+  void stop(RequestId id, uint32_t output_index);
 
   // Any thread. Stops admitting; existing requests go on.
   void drain();

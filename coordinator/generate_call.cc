@@ -44,6 +44,9 @@ std::string trace_id_of(absl::string_view traceparent) {
       return "";
     }
   }
+  // Values that the standard calls invalid.
+  const auto all = [](absl::string_view text, char c) { return text.find_first_not_of(c) == absl::string_view::npos; };
+  if (traceparent.substr(0, 2) == "ff" || all(trace_id, '0') || all(traceparent.substr(36, 16), '0')) return "";
   return std::string(trace_id);
 }
 
@@ -58,10 +61,7 @@ std::string metadata_of(const grpc::CallbackServerContext& context, const char* 
 // ---- CallRoom
 
 CallRoom::CallRoom(const StreamLimits& limits, CallListener listener)
-    : limits(limits),
-      listener_(std::move(listener)),
-      serving_{.refusal =
-                   with_retry_hint(absl::UnavailableError("the model is loading: try again later"), absl::Seconds(1))} {
+    : limits(limits), listener_(std::move(listener)), serving_{.refusal = model_is_loading()} {
   watcher_ = std::thread([this] { watch(); });
 }
 
@@ -180,7 +180,7 @@ void EngineCall::admit() {
   outputs_.emplace(*accepted, serving.model->tokenizer);
   absl::StatusOr<RequestId> id = serving.engine->submit(std::move(accepted->request), shared_from_this());
   if (absl::IsResourceExhausted(id.status())) {
-    return finish(with_retry_hint(id.status(), room_->retry_hint(serving.engine->stats())));
+    return finish(with_reason(with_retry_hint(id.status(), room_->retry_hint(serving.engine->stats())), "QUEUE_FULL"));
   }
   if (!id.ok()) return finish(id.status());
   engine_ = serving.engine;
@@ -220,9 +220,10 @@ void EngineCall::deliver() {
       report_.first_token_seconds = absl::ToDoubleSeconds(absl::Now() - began_);
     }
     // At a stop string: the engine knows nothing of text.
-    if (outputs_->absorb(event) && engine_ != nullptr) engine_->cancel(engine_id_, event.output_index);
+    if (outputs_->absorb(event) && engine_ != nullptr) engine_->stop(engine_id_, event.output_index);
   }
   taken_.clear();
+  if (done_) return;
   if (stalled()) return drop_client();
   if (finished_) return;
   if (outputs_->ended()) engine_ = nullptr;  // it has let go of the request, or will without being asked

@@ -11,17 +11,19 @@ namespace octet {
 
 struct GenerateOutputs::Output {
   Output(const AcceptedRequest& accepted, const Tokenizer& tokenizer)
-      : detokenizer(tokenizer), matcher(accepted.stop, accepted.include_stop), echo(accepted.echo) {}
+      : detokenizer(tokenizer), matcher(accepted.stop, accepted.include_stop) {}
 
   Detokenizer detokenizer;
   StopMatcher matcher;
-  std::optional<std::string> echo;  // until its first message has it
+  bool began = false;
   bool ended = false;
-  bool waiting = false;  // `message` has something to say
-  v1::GenerateResponse message;
+  std::deque<v1::GenerateResponse> messages;  // that wait
 };
 
 namespace {
+
+// Tokens of one message, so that no client's limit is met: a few hundred KiB with all their alternatives.
+constexpr int kMaxMessageTokens = 1024;
 
 void add_info(const TokenLogprob& chosen, const std::vector<TokenLogprob>& top, v1::TokenInfo* info) {
   info->set_token_id(chosen.token);
@@ -59,6 +61,7 @@ GenerateOutputs::GenerateOutputs(const AcceptedRequest& accepted, const Tokenize
       include_stop_(accepted.include_stop),
       prompt_logprobs_(accepted.request.prompt_logprobs.has_value()),
       stop_(accepted.stop),
+      echo_(accepted.echo),
       outputs_left_(static_cast<size_t>(accepted.request.outputs)) {
   for (int32_t i = 0; i < accepted.request.outputs; ++i) {
     outputs_.push_back(std::make_unique<Output>(accepted, tokenizer));
@@ -87,19 +90,20 @@ bool GenerateOutputs::absorb(const TokenEvent& event) {
 }
 
 v1::GenerateResponse* GenerateOutputs::message_of(Output* output) {
-  if (!std::exchange(output->waiting, true)) waiting_.push_back(output);
-  const auto index =
-      static_cast<uint32_t>(std::ranges::find(outputs_, output, &std::unique_ptr<Output>::get) - outputs_.begin());
-  output->message.set_output_index(index);
+  std::deque<v1::GenerateResponse>& messages = output->messages;
+  if (messages.empty() || messages.back().tokens_size() + messages.back().prompt_tokens_size() >= kMaxMessageTokens) {
+    messages.emplace_back();
+    const auto own = std::ranges::find(outputs_, output, &std::unique_ptr<Output>::get);
+    messages.back().set_output_index(static_cast<uint32_t>(own - outputs_.begin()));
+    waiting_.push_back(output);
+  }
+  v1::GenerateResponse* message = &messages.back();
   if (!prompt_.empty()) {
-    output->message.mutable_prompt_token_ids()->Add(prompt_.begin(), prompt_.end());
+    message->mutable_prompt_token_ids()->Add(prompt_.begin(), prompt_.end());
     prompt_ = {};
   }
-  if (output->echo.has_value()) {
-    output->message.set_text(*output->echo);
-    output->echo.reset();
-  }
-  return &output->message;
+  if (!std::exchange(output->began, true) && echo_.has_value()) message->set_text(*echo_);
+  return message;
 }
 
 // The prompt's first token follows nothing and has no logprob.
@@ -153,9 +157,8 @@ bool GenerateOutputs::take(v1::GenerateResponse* message) {
   if (waiting_.empty()) return false;
   Output* output = waiting_.front();
   waiting_.pop_front();
-  output->waiting = false;
-  message->Swap(&output->message);
-  output->message.Clear();
+  message->Swap(&output->messages.front());
+  output->messages.pop_front();
   unread_tokens_ -= message->tokens_size() + message->prompt_tokens_size();
   if (outputs_left_ == 0 && waiting_.empty()) {
     v1::Usage* usage = message->mutable_usage();

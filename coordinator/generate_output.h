@@ -1,5 +1,5 @@
 // GenerateOutputs: a request's token events become response messages: whole characters, nothing of a stop string, token
-// infos, and exactly one end for each output. What a client has not read yet grows into one message for each output.
+// infos, and exactly one end for each output. What a client has not read yet grows into few large messages.
 // Invariant: after an output's terminal message nothing more comes of it. One thread at a time.
 #pragma once
 
@@ -62,9 +62,10 @@ class GenerateOutputs {
   const uint64_t seed_;
   const bool logprobs_, include_stop_, prompt_logprobs_;
   const std::vector<std::string> stop_;
+  const std::optional<std::string> echo_;
   std::vector<std::unique_ptr<Output>> outputs_;
   size_t outputs_left_;
-  std::deque<Output*> waiting_;  // those with a message, in the order in which it began
+  std::deque<Output*> waiting_;  // once for each of their messages, in the order in which these began
   int64_t unread_tokens_ = 0;
   bool prompt_logprobs_began_ = false;
   int32_t cached_tokens_ = 0;

@@ -103,7 +103,7 @@ class Histogram {
   std::atomic<double> sum_ = 0;
 };
 
-constexpr size_t kFinishReasons = static_cast<size_t>(FinishReason::kError) + 1;
+constexpr size_t kFinishReasons = static_cast<size_t>(FinishReason::kStopped) + 1;
 constexpr size_t kStatusCodes = static_cast<size_t>(absl::StatusCode::kUnauthenticated) + 1;
 
 struct RankHistograms {
@@ -175,6 +175,8 @@ const char* name_of(FinishReason reason) {
       return "deadline";
     case FinishReason::kError:
       return "error";
+    case FinishReason::kStopped:
+      return "stop_string";
   }
   return "none";
 }
@@ -194,7 +196,7 @@ Samples ended_by_reason(const View& view) {
 
 Samples ended_by_vllm_reason(const View& view) {
   const auto count = [&](FinishReason reason) { return ended(view.counts, reason); };
-  return {number(count(FinishReason::kEndToken), {{"finished_reason", "stop"}}),
+  return {number(count(FinishReason::kEndToken) + count(FinishReason::kStopped), {{"finished_reason", "stop"}}),
           number(count(FinishReason::kLength), {{"finished_reason", "length"}}),
           number(count(FinishReason::kCancelled) + count(FinishReason::kDeadline), {{"finished_reason", "abort"}}),
           number(count(FinishReason::kError), {{"finished_reason", "error"}})};

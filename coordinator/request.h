@@ -66,6 +66,7 @@ enum class FinishReason : uint8_t {
   kCancelled,
   kDeadline,
   kError,
+  kStopped,  // whoever reads the output has seen its end: a stop string
 };
 
 // One token of one output, or its end, or logprobs of the prompt. Exactly one event with a finish reason per output,

@@ -4,6 +4,7 @@
 
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
+#include "coordinator/text/utf8.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 
@@ -11,6 +12,7 @@ namespace octet {
 namespace {
 
 constexpr char kBadRequestUrl[] = "type.googleapis.com/google.rpc.BadRequest";
+constexpr char kErrorInfoUrl[] = "type.googleapis.com/google.rpc.ErrorInfo";
 constexpr char kRetryInfoUrl[] = "type.googleapis.com/google.rpc.RetryInfo";
 // A status travels as metadata, of which clients take 8 KiB by default.
 constexpr size_t kMaxViolations = 8;
@@ -34,6 +36,14 @@ absl::Status bad_request(const std::vector<FieldViolation>& violations) {
   return status;
 }
 
+absl::Status with_reason(absl::Status status, absl::string_view reason) {
+  google::rpc::ErrorInfo info;
+  info.set_reason(std::string(reason));
+  info.set_domain("octet");
+  status.SetPayload(kErrorInfoUrl, absl::Cord(info.SerializeAsString()));
+  return status;
+}
+
 absl::Status with_retry_hint(absl::Status status, absl::Duration delay) {
   google::rpc::RetryInfo details;
   const absl::Duration whole = absl::Floor(delay, absl::Seconds(1));
@@ -43,15 +53,20 @@ absl::Status with_retry_hint(absl::Status status, absl::Duration delay) {
   return status;
 }
 
+absl::Status model_is_loading() {
+  return with_reason(with_retry_hint(absl::UnavailableError("the model is loading: try again later"), absl::Seconds(1)),
+                     "MODEL_LOADING");
+}
+
 grpc::Status to_rpc_status(const absl::Status& status) {
   if (status.ok()) return grpc::Status::OK;
   const auto code = static_cast<grpc::StatusCode>(status.code());
-  const std::string message(status.message().substr(0, kMaxMessageBytes));
-  google::rpc::ErrorInfo info;
-  info.set_reason(absl::StatusCodeToString(status.code()));
-  info.set_domain("octet");
+  // Cut, if it must be, between characters.
+  const std::string message = to_valid_utf8(std::string(status.message().substr(0, kMaxMessageBytes)));
+  if (!status.GetPayload(kErrorInfoUrl).has_value()) {
+    return to_rpc_status(with_reason(status, absl::StatusCodeToString(status.code())));
+  }
   google::rpc::Status details;
-  details.add_details()->PackFrom(info);
   status.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) {
     google::protobuf::Any* any = details.add_details();
     any->set_type_url(std::string(url));

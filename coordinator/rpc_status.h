@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 
 namespace octet {
@@ -21,8 +22,14 @@ struct FieldViolation {
 // empty.
 absl::Status bad_request(const std::vector<FieldViolation>& violations);
 
+// The status with a reason for programs, UPPER_SNAKE_CASE, where its code alone does not tell: "MODEL_LOADING".
+absl::Status with_reason(absl::Status status, absl::string_view reason);
+
 // The status, with the hint that trying again is worth it after `delay`, as google.rpc.RetryInfo.
 absl::Status with_retry_hint(absl::Status status, absl::Duration delay);
+
+// What is said until a model is there.
+absl::Status model_is_loading();
 
 // Same code and message; google.rpc details travel in grpc-status-details-bin: a google.rpc.ErrorInfo whose reason is
 // the code's name unless the status has one, and what the status brings.

@@ -75,11 +75,11 @@ void Scheduler::cancel(RequestId id) {
   if (found != families_.end()) end_family(found->second.get(), FinishReason::kCancelled, "", &events_);
 }
 
-void Scheduler::cancel(RequestId id, uint32_t output_index) {
+void Scheduler::stop(RequestId id, uint32_t output_index) {
   const auto found = families_.find(id);
   if (found == families_.end() || output_index >= found->second->sequences.size()) return;
   Sequence& sequence = found->second->sequences[output_index];
-  if (!sequence.ended) end(&sequence, FinishReason::kCancelled, &events_);
+  if (!sequence.ended) end(&sequence, FinishReason::kStopped, &events_);
   retire_if_done(found->second.get());
 }
 

@@ -55,11 +55,11 @@ class Scheduler {
   // Queues a request. REQUIRES: validate_request() accepts it, its id is new, and now_ms never falls from call to call.
   void add(Request request, int64_t now_ms);
 
-  // Ends a request, or one output of it; unknown or finished ones are ignored. The terminal event (kCancelled) comes
-  // from the next take_events() or apply(). May be called while steps are in flight: what they sample for it is
-  // dropped.
+  // Ends a request (kCancelled), or one output of it (kStopped); unknown or finished ones are ignored. The terminal
+  // event comes from the next take_events() or apply(). May be called while steps are in flight: what they sample for it
+  // is dropped.
   void cancel(RequestId id);
-  void cancel(RequestId id, uint32_t output_index);
+  void stop(RequestId id, uint32_t output_index);
 
   // The next step, or false when there is nothing to run and nothing to close: because all is done, or because what is
   // in flight must come back first. Requests whose deadline has passed end here (kDeadline). REQUIRES: fewer than

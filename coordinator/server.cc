@@ -25,13 +25,15 @@
 #include "absl/time/clock.h"
 #include "coordinator/control_service.h"
 #include "coordinator/listen_address.h"
+#include "coordinator/rpc_status.h"
 #include "grpc/health/v1/health.pb.h"
 
 namespace octet {
 namespace {
 
 constexpr char kUnixScheme[] = "unix:";
-constexpr const char* kServices[] = {"", "octet.v1.InferenceService", "octet.v1.ControlService"};
+constexpr char kInferenceName[] = "octet.v1.InferenceService";
+constexpr char kControlName[] = "octet.v1.ControlService";
 
 // A listener out of file descriptors is wedged for good in this generation of gRPC, so it gets all that it may have.
 void raise_descriptor_limit() {
@@ -122,8 +124,15 @@ struct Server::Impl {
   absl::Status listen();
   absl::Status listen_for_control();
 
+  // Each listener speaks for itself and for the services that it has.
   void set_serving(bool serving) {
-    for (const char* name : kServices) server->GetHealthCheckService()->SetServingStatus(name, serving);
+    grpc::HealthCheckServiceInterface* health = server->GetHealthCheckService();
+    for (const char* name : {"", kInferenceName}) health->SetServingStatus(name, serving);
+    if (control_server != nullptr) {
+      health = control_server->GetHealthCheckService();
+      health->SetServingStatus("", serving);
+    }
+    health->SetServingStatus(kControlName, serving);
   }
 
   const ServerOptions options;
@@ -155,7 +164,6 @@ absl::Status Server::Impl::listen() {
     return absl::UnavailableError(
         absl::StrCat("cannot listen at ", parsed->to_string(), ": its port was taken this very moment; try again"));
   }
-  set_serving(false);
   parsed->host = advertised_host(options, *parsed);
   parsed->port = port;
   address = parsed->to_string();
@@ -213,6 +221,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::start(const ServerOptions& optio
   std::unique_ptr<Server> server(new Server(std::make_unique<Impl>(options)));
   if (absl::Status status = server->impl_->listen(); !status.ok()) return status;
   if (absl::Status status = server->impl_->listen_for_control(); !status.ok()) return status;
+  server->impl_->set_serving(false);
   return server;
 }
 
@@ -239,8 +248,8 @@ void Server::drain() {
   const std::lock_guard lock(impl_->mutex);
   if (impl_->draining.exchange(true)) return;
   impl_->set_serving(false);
-  impl_->inference.refuse(
-      absl::UnavailableError("the server is shutting down and takes no new requests: ask another one"));
+  impl_->inference.refuse(with_reason(
+      absl::UnavailableError("the server is shutting down and takes no new requests: ask another one"), "DRAINING"));
 }
 
 void Server::shutdown(const absl::Status& cause, absl::Duration patience) {

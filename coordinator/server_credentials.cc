@@ -1,10 +1,13 @@
 #include "coordinator/server_credentials.h"
 
 #include <grpcpp/security/server_credentials.h>
+#include <openssl/pem.h>
+#include <openssl/x509.h>
 
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <memory>
 #include <sstream>
 
 #include "absl/strings/match.h"
@@ -28,6 +31,30 @@ absl::StatusOr<std::string> read_pem(const char* flag, const std::string& path, 
   return text.str();
 }
 
+// gRPC would only say that it cannot listen.
+absl::Status check_pair(const AccessOptions& access, const std::string& certificate, const std::string& key) {
+  const auto bio = [](const std::string& text) {
+    return std::unique_ptr<BIO, decltype(&BIO_free)>(BIO_new_mem_buf(text.data(), static_cast<int>(text.size())),
+                                                     BIO_free);
+  };
+  const std::unique_ptr<X509, decltype(&X509_free)> x509(
+      PEM_read_bio_X509(bio(certificate).get(), nullptr, nullptr, nullptr), X509_free);
+  if (x509 == nullptr) {
+    return absl::FailedPreconditionError(absl::StrCat("--tls-cert ", access.tls_cert, " is damaged"));
+  }
+  // Without a callback OpenSSL would ask the terminal for a password.
+  const auto no_password = [](char*, int, int, void*) { return 0; };
+  const std::unique_ptr<EVP_PKEY, decltype(&EVP_PKEY_free)> private_key(
+      PEM_read_bio_PrivateKey(bio(key).get(), nullptr, no_password, nullptr), EVP_PKEY_free);
+  if (private_key == nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("--tls-key ", access.tls_key, " is damaged, or encrypted: give it without a password"));
+  }
+  if (X509_check_private_key(x509.get(), private_key.get()) == 1) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat("--tls-key ", access.tls_key, " is not the key of --tls-cert ",
+                                                    access.tls_cert, ": give the two that belong together"));
+}
+
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> tls_credentials(const AccessOptions& access) {
   if (access.tls_cert.empty() || access.tls_key.empty()) {
     return absl::FailedPreconditionError("TLS needs both --tls-cert and --tls-key");
@@ -36,6 +63,7 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> tls_credentials(const A
   if (!certificate.ok()) return certificate.status();
   absl::StatusOr<std::string> key = read_pem("--tls-key", access.tls_key, "PRIVATE KEY");
   if (!key.ok()) return key.status();
+  if (absl::Status status = check_pair(access, *certificate, *key); !status.ok()) return status;
   grpc::SslServerCredentialsOptions options;
   options.pem_key_cert_pairs = {{.private_key = *key, .cert_chain = *certificate}};
   if (!access.tls_client_ca.empty()) {

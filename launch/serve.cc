@@ -87,7 +87,9 @@ void log_call(const CallReport& call) {
                  {"completion_tokens", call.completion_tokens},
                  {"first_token_seconds", call.first_token_seconds},
                  {"total_seconds", call.total_seconds}});
-  if (!call.status.ok()) fields["error"] = std::string(call.status.message());
+  // What is wrong with a request quotes the request, which is nobody else's to read.
+  const bool quotes_client = absl::IsInvalidArgument(call.status) || absl::IsFailedPrecondition(call.status);
+  if (!call.status.ok() && !quotes_client) fields["error"] = std::string(call.status.message());
   log_line(LogLevel::kInfo, "call ended", fields);
 }
 

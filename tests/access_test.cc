@@ -13,6 +13,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "coordinator/server.h"
+#include "grpc/health/v1/health.grpc.pb.h"
 #include "tests/service_house.h"
 
 namespace octet {
@@ -96,6 +97,8 @@ TEST(Tls, NamesTheFileThatIsWrong) {
   EXPECT_TRUE(absl::StrContains(refusal(access), "--tls-key /nowhere/server.key cannot be read")) << refusal(access);
   access.tls_key = tls_file("server.pem");
   EXPECT_TRUE(absl::StrContains(refusal(access), "holds no PRIVATE KEY in PEM form")) << refusal(access);
+  access.tls_key = tls_file("client.key");
+  EXPECT_TRUE(absl::StrContains(refusal(access), "client.key is not the key of --tls-cert")) << refusal(access);
   access = tls_access();
   access.tls_cert = directory.write("empty.pem", "");
   EXPECT_TRUE(absl::StrContains(refusal(access), "empty.pem holds no CERTIFICATE")) << refusal(access);
@@ -122,6 +125,27 @@ TEST(ControlAddress, TakesControlAwayFromThePublicPort) {
   grpc::ClientContext context;
   auto reader = v1::InferenceService::NewStub(control)->Generate(&context, prompt("hi"));
   EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::UNIMPLEMENTED);
+}
+
+TEST(ControlAddress, EachListenerSaysHowItsOwnServicesAre) {
+  Service service({.control_address = "127.0.0.1:0"});
+  const auto control = grpc::CreateChannel(service.server->control_address(), grpc::InsecureChannelCredentials());
+  const auto health = [](const std::shared_ptr<grpc::Channel>& channel, const std::string& name) {
+    grpc::health::v1::HealthCheckRequest request;
+    request.set_service(name);
+    grpc::health::v1::HealthCheckResponse response;
+    grpc::ClientContext context;
+    const grpc::Status status = grpc::health::v1::Health::NewStub(channel)->Check(&context, request, &response);
+    return status.ok() ? static_cast<int>(response.status()) : -static_cast<int>(status.error_code());
+  };
+  constexpr int kServing = 1, kNotServing = 2, kNotFound = -5;
+  EXPECT_EQ(health(service.channel, "octet.v1.InferenceService"), kServing);
+  EXPECT_EQ(health(service.channel, "octet.v1.ControlService"), kNotFound);
+  EXPECT_EQ(health(control, "octet.v1.ControlService"), kServing);
+  EXPECT_EQ(health(control, "octet.v1.InferenceService"), kNotFound);
+  service.server->drain();
+  EXPECT_EQ(health(service.channel, ""), kNotServing);
+  EXPECT_EQ(health(control, ""), kNotServing);
 }
 
 TEST(ControlAddress, AsksForTheTokenThereToo) {

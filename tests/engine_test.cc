@@ -477,7 +477,7 @@ class OutputsRecorder : public RequestSink {
   std::condition_variable changed_;
 };
 
-TEST(Engine, RunsAllOutputsOfARequestAndCancelsOne) {
+TEST(Engine, RunsAllOutputsOfARequestAndStopsOne) {
   House house;
   Request request = make_request(1, 9, 30);
   request.outputs = 3;
@@ -485,7 +485,7 @@ TEST(Engine, RunsAllOutputsOfARequestAndCancelsOne) {
   const absl::StatusOr<RequestId> id = house.engine->submit(request, sink);
   ASSERT_TRUE(id.ok());
   sink->wait_for_tokens(1);
-  house.engine->cancel(*id, 1);
+  house.engine->stop(*id, 1);
   ASSERT_TRUE(house.wait_idle());
   for (const uint32_t i : {0u, 2u}) {
     EXPECT_EQ(sink->tokens[i], expected_outcome(request, small_limits(), i).tokens);

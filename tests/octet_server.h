@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -55,8 +56,9 @@ class Server {
   }
 
   std::vector<std::string> command(const std::string& model, const std::vector<std::string>& more) const {
-    std::vector<std::string> argv = {OCTET_BINARY,  "serve",          "--model",     model,         "--address",
-                                     "127.0.0.1:0", "--address-file", address_file_, "--kv-memory", "64MiB"};
+    std::vector<std::string> argv = {OCTET_BINARY, "serve",       "--model",        model,
+                                     "--address",  "127.0.0.1:0", "--address-file", address_file_};
+    if (std::ranges::find(more, "--kv-memory") == more.end()) argv.insert(argv.end(), {"--kv-memory", "64MiB"});
     argv.insert(argv.end(), more.begin(), more.end());
     return argv;
   }

