@@ -1,5 +1,5 @@
-// HOST:PORT for listening: what it means on this machine, found out before gRPC or another server is asked, whose errors
-// have no reasons.
+// HOST:PORT for listening: what it means on this machine, found out before gRPC or another server is asked, whose
+// errors have no reasons.
 #pragma once
 
 #include <string>

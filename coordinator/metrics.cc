@@ -368,7 +368,7 @@ constexpr Row kRows[] = {
 
     {kCounter, "process_cpu_seconds_total", nullptr, "CPU time of rank 0's process.",
      [](const View&) { return one(process_cpu_seconds()); }},
-    {kGauge, "process_resident_memory_bytes", nullptr, "Memory of rank 0's process, shared weights included.",
+    {kGauge, "process_resident_memory_bytes", nullptr, "Resident memory of rank 0's process.",
      [](const View&) { return one(process_resident_bytes()); }},
 };
 
@@ -490,7 +490,8 @@ void connect_once(const sockaddr_in& address) {
 }
 
 // civetweb notices that it is to stop when somebody connects, or else every two seconds, which is longer than mpirun
-// gives to ranks that it ends. So somebody connects until it has stopped.
+// gives to ranks that it ends. So somebody connects until it has stopped. A client in the middle of a request can still
+// delay it, by request_timeout_ms at most.
 void stop(std::unique_ptr<prometheus::Exposer> exposer, const sockaddr_in& address) {
   std::atomic<bool> stopped = false;
   std::thread visitor([&] {
