@@ -49,15 +49,60 @@ bool is_wildcard(const sockaddr* address) {
          IN6_IS_ADDR_UNSPECIFIED(&reinterpret_cast<const sockaddr_in6*>(address)->sin6_addr);
 }
 
-// 0, or the errno of a bind as servers do it. The socket never listens.
-int try_bind(const addrinfo& address) {
-  const int fd = socket(address.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (fd < 0) return errno;
+// A socket bound as servers do it, or minus the errno. A port of 0 in *port becomes the one that was given.
+int bound_socket(const addrinfo& address, int* port) {
+  const int fd = socket(address.ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (fd < 0) return -errno;
   const int on = 1;
   setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
-  const int error = bind(fd, address.ai_addr, address.ai_addrlen) == 0 ? 0 : errno;
-  close(fd);
-  return error;
+  sockaddr_storage bound = {};
+  std::memcpy(&bound, address.ai_addr, address.ai_addrlen);
+  in_port_t* const number = address.ai_family == AF_INET6 ? &reinterpret_cast<sockaddr_in6*>(&bound)->sin6_port
+                                                          : &reinterpret_cast<sockaddr_in*>(&bound)->sin_port;
+  *number = htons(static_cast<uint16_t>(*port));
+  socklen_t length = address.ai_addrlen;
+  if (bind(fd, reinterpret_cast<const sockaddr*>(&bound), length) != 0 ||
+      getsockname(fd, reinterpret_cast<sockaddr*>(&bound), &length) != 0) {
+    const int error = errno;
+    close(fd);
+    return -error;
+  }
+  *port = ntohs(*number);
+  return fd;
+}
+
+absl::Status cannot_bind(const ListenAddress& address, absl::string_view option, int error) {
+  if (error == EADDRINUSE) {
+    return absl::UnavailableError(absl::StrCat("port ", address.port, " of ", address.host,
+                                               " is in use: stop the server that has it, or choose another port with ",
+                                               option, " (port 0 takes a free one)"));
+  }
+  if (error == EACCES) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("port ", address.port, " may not be used by this user: choose one from 1024 on with ", option));
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat("cannot listen at ", address.to_string(), ": ", std::strerror(error), "; ", option,
+                   " takes an address that this machine has, such as 127.0.0.1:", address.port));
+}
+
+// Sockets for all of the host's addresses; at least one: a host may lack IPv6. A port in use counts for all of them.
+absl::StatusOr<std::vector<int>> bind_at(const ListenAddress& address, absl::string_view option, int* port) {
+  absl::StatusOr<AddressList> found = resolve(address.host, address.port);
+  if (!found.ok()) return found.status();
+  std::vector<int> sockets;
+  int error = 0;
+  for (const addrinfo* one = found->get(); one != nullptr && error != EADDRINUSE; one = one->ai_next) {
+    const int bound = bound_socket(*one, port);
+    if (bound >= 0) {
+      sockets.push_back(bound);
+    } else {
+      error = -bound;
+    }
+  }
+  if (!sockets.empty() && error != EADDRINUSE) return sockets;
+  for (const int socket : sockets) close(socket);
+  return cannot_bind(address, option, error);
 }
 
 }  // namespace
@@ -96,27 +141,25 @@ absl::StatusOr<ListenAddress> parse_listen_address(const std::string& text) {
 }
 
 absl::Status check_bindable(const ListenAddress& address, absl::string_view option) {
-  absl::StatusOr<AddressList> found = resolve(address.host, address.port);
-  if (!found.ok()) return found.status();
-  int error = 0;
-  for (const addrinfo* one = found->get(); one != nullptr; one = one->ai_next) {
-    const int this_error = try_bind(*one);
-    if (this_error == EADDRINUSE) {
-      return absl::UnavailableError(
-          absl::StrCat("port ", address.port, " of ", address.host,
-                       " is in use: stop the server that has it, or choose another port with ", option,
-                       " (port 0 takes a free one)"));
-    }
-    if (this_error == 0) return absl::OkStatus();  // one family is enough: a host may lack IPv6
-    error = this_error;
+  int port = address.port;
+  const absl::StatusOr<std::vector<int>> sockets = bind_at(address, option, &port);
+  if (!sockets.ok()) return sockets.status();
+  for (const int socket : *sockets) close(socket);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<int>> listen_at(const ListenAddress& address, absl::string_view option, int* port) {
+  constexpr int kBacklog = 1024;
+  absl::StatusOr<std::vector<int>> sockets = bind_at(address, option, port);
+  if (!sockets.ok()) return sockets.status();
+  for (const int socket : *sockets) {
+    if (listen(socket, kBacklog) == 0) continue;
+    // Two sockets can be bound to one port, but only one can listen at it.
+    const int error = errno;
+    for (const int open : *sockets) close(open);
+    return cannot_bind(address, option, error);
   }
-  if (error == EACCES) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("port ", address.port, " may not be used by this user: choose one from 1024 on with ", option));
-  }
-  return absl::FailedPreconditionError(
-      absl::StrCat("cannot listen at ", address.to_string(), ": ", std::strerror(error), "; ", option,
-                   " takes an address that this machine has, such as 127.0.0.1:", address.port));
+  return sockets;
 }
 
 }  // namespace octet

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -25,6 +26,10 @@ absl::StatusOr<ListenAddress> parse_listen_address(const std::string& text);
 
 // Whether the port can be bound. UNAVAILABLE when it is in use, FAILED_PRECONDITION when this machine does not have the
 // address or this user may not: each says what helps, and by which option.
-absl::Status check_bindable(const ListenAddress& address, absl::string_view option = "--address");
+absl::Status check_bindable(const ListenAddress& address, absl::string_view option);
+
+// Sockets that listen at every address that the host stands for, all at *port; 0 becomes one that is free. The caller
+// closes them. Errors as check_bindable().
+absl::StatusOr<std::vector<int>> listen_at(const ListenAddress& address, absl::string_view option, int* port);
 
 }  // namespace octet

@@ -23,6 +23,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "coordinator/connection_listener.h"
 #include "coordinator/control_service.h"
 #include "coordinator/listen_address.h"
 #include "coordinator/rpc_status.h"
@@ -140,7 +141,9 @@ struct Server::Impl {
   std::string control_socket;  // that was made here, and goes with the server
   InferenceService inference;
   ControlService control;
+  std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> connections;  // into `server`
   std::unique_ptr<grpc::Server> server, control_server;
+  std::unique_ptr<ConnectionListener> listener;  // of `server`; stops first
   std::mutex mutex;
   bool address_file_written = false;
   std::atomic<bool> draining = false;
@@ -152,20 +155,25 @@ absl::Status Server::Impl::listen() {
   absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> credentials =
       make_server_credentials(options.access, *parsed);
   if (!credentials.ok()) return credentials.status();
-  if (absl::Status status = check_bindable(*parsed); !status.ok()) return status;
+  absl::StatusOr<std::unique_ptr<ConnectionListener>> listening = ConnectionListener::listen(*parsed, "--address");
+  if (!listening.ok()) return listening.status();
+  listener = *std::move(listening);
   grpc::ServerBuilder builder;
-  int port = 0;
-  builder.AddListeningPort(parsed->to_string(), *credentials, &port);
+  connections = builder.experimental().AddExternalConnectionAcceptor(
+      grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD, *credentials);
   builder.RegisterService(inference.service());
   if (options.control_address.empty()) builder.RegisterService(control.service());
   set_limits(&builder);
   server = builder.BuildAndStart();
-  if (server == nullptr || port == 0) {
-    return absl::UnavailableError(
-        absl::StrCat("cannot listen at ", parsed->to_string(), ": its port was taken this very moment; try again"));
-  }
+  if (server == nullptr) return absl::InternalError("gRPC did not start the server");
+  listener->start([this](int from, int connection) {
+    grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters parameters;
+    parameters.listener_fd = from;
+    parameters.fd = connection;
+    connections->HandleNewConnection(&parameters);
+  });
   parsed->host = advertised_host(options, *parsed);
-  parsed->port = port;
+  parsed->port = listener->port();
   address = parsed->to_string();
   return absl::OkStatus();
 }
@@ -259,6 +267,7 @@ void Server::shutdown(const absl::Status& cause, absl::Duration patience) {
   impl_->inference.end_all(cause);
   const absl::Time deadline = absl::Now() + patience;
   while (impl_->inference.calls() > 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(1));
+  impl_->listener.reset();
   for (std::unique_ptr<grpc::Server>* server : {&impl_->server, &impl_->control_server}) {
     if (*server == nullptr) continue;
     (*server)->Shutdown(absl::ToChronoTime(absl::Now()));  // whoever watches health would stay for ever

@@ -1,14 +1,22 @@
 // Who may talk to the server, through which listener, and who cannot: TLS, client certificates, tokens over TLS, and
 // ControlService on an address of its own.
+#include <arpa/inet.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -112,6 +120,53 @@ TEST(Tls, ClientCertificatesAreEnoughForAnAddressBeyondThisMachine) {
   EXPECT_TRUE(absl::StrContains(start().message(), "--tls-client-ca")) << "encryption alone lets anybody in";
   access.tls_client_ca = tls_file("ca.pem");
   EXPECT_TRUE(start().ok()) << start();
+}
+
+// ---- Connections
+
+// Opens connections that say nothing, as many as the process may; returns their descriptors.
+std::vector<int> idle_connections(const std::string& address, int count) {
+  sockaddr_in server = {.sin_family = AF_INET,
+                        .sin_port = htons(static_cast<uint16_t>(std::stoi(address.substr(address.rfind(':') + 1)))),
+                        .sin_addr = {htonl(INADDR_LOOPBACK)},
+                        .sin_zero = {}};
+  std::vector<int> connections;
+  for (int i = 0; i < count; ++i) {
+    const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) break;
+    if (connect(fd, reinterpret_cast<const sockaddr*>(&server), sizeof server) != 0) {
+      close(fd);
+      break;
+    }
+    connections.push_back(fd);
+  }
+  return connections;
+}
+
+// Serves with few descriptors while another process takes more connections than those; 0 if a client is served
+// afterwards.
+int serve_after_a_flood() {
+  const rlimit few = {.rlim_cur = 160, .rlim_max = 160};
+  if (setrlimit(RLIMIT_NOFILE, &few) != 0) return 2;
+  Service service;
+  const pid_t flood = fork();  // the other end of a connection is a descriptor too
+  if (flood == 0) {
+    const std::vector<int> connections = idle_connections(service.server->address(), 150);
+    usleep(300'000);
+    std::_Exit(connections.size() < 100 ? 1 : 0);
+  }
+  int flooded = 0;
+  waitpid(flood, &flooded, 0);
+  if (flooded != 0) return 3;
+  const Heard heard = service.generate(prompt("hi"));
+  std::fprintf(stderr, "after the flood: %d %s\n", heard.status.error_code(), heard.status.error_message().c_str());
+  return heard.status.ok() ? 0 : 4;
+}
+
+TEST(Connections, MoreThanThereAreDescriptorsForDoNotWedgeTheServer) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  // In a process of its own, whose limit is its own.
+  EXPECT_EXIT(std::_Exit(serve_after_a_flood()), testing::ExitedWithCode(0), "after the flood: 0");
 }
 
 // ---- ControlService on its own
