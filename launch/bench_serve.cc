@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdio>
 #include <fstream>
+#include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <random>
@@ -44,8 +46,8 @@ struct BenchServeOptions {
   std::optional<int64_t> warmup;
   std::vector<int> sweep;
   int stalled = 0;
-  int32_t stalled_tokens = 2048;
-  double stall_patience = 60;
+  int32_t stalled_tokens = 1024;
+  double stalled_seconds = 0;
   bool paired = false;
   int rounds = 5;
   std::string json_file, svg_file;
@@ -300,13 +302,7 @@ absl::StatusOr<double> ServeBench::paired_p99(int round, bool stalled, json* rou
   if (!record.ok()) return record.status();
   const LoadSummary summary = summarize(*record);
   take_summary(summary);
-  json line = {{"round", round}, {"stalled", stalled}, {"summary", to_json(summary)}};
-  if (streams.has_value()) {
-    const std::vector<StreamRecord> records = streams->records();
-    line["still_open"] =
-        std::count_if(records.begin(), records.end(), [](const StreamRecord& r) { return r.status == "OPEN"; });
-  }
-  rounds->push_back(std::move(line));
+  rounds->push_back({{"round", round}, {"stalled", stalled}, {"summary", to_json(summary)}});
   return percentile(summary.between_messages, 0.99);
 }
 
@@ -325,20 +321,20 @@ absl::Status ServeBench::start_stalled(std::optional<StalledStreams>* streams) {
                                                   absl::FormatDuration(kStallTime)));
 }
 
+// What has become of them, once they have stalled long enough.
 void ServeBench::report_stalled(StalledStreams* streams) {
-  const absl::Time begin = absl::Now();
-  wait_slices(absl::Seconds(options_.stall_patience), [&](absl::Time until) { return streams->wait_ended(until); });
+  const absl::Time over = absl::Now() + absl::Seconds(options_.stalled_seconds);
+  wait_slices(absl::Seconds(options_.stalled_seconds), [&](absl::Time until) {
+    absl::SleepFor(until - absl::Now());
+    return absl::Now() >= over;
+  });
+  wait_slices(kStallTime, [&](absl::Time until) { return streams->read_on(until); });
   std::map<std::string, int> by_status;
-  double last = 0;
-  for (const StreamRecord& record : streams->records()) {
-    ++by_status[record.status];
-    last = std::max(last, record.end);
-  }
-  std::printf("stalled streams, %s after the load's end:",
-              absl::FormatDuration(absl::Trunc(absl::Now() - begin, absl::Milliseconds(1))).c_str());
+  for (const StreamRecord& record : streams->records()) ++by_status[record.status];
+  std::printf("stalled streams, read on %g s after the load:", options_.stalled_seconds);
   for (const auto& [status, count] : by_status) std::printf(" %d %s", count, status.c_str());
-  std::printf("; the last one was ended %s after it began\n", human_seconds(last).c_str());
-  json_["stalled"] = {{"by_status", by_status}, {"last_end_seconds", last}};
+  std::printf("\n");
+  json_["stalled"] = by_status;
 }
 
 // Waits in slices, so that a signal ends the waiting too.
@@ -474,8 +470,8 @@ void add_comparison_options(CLI::App& command, BenchServeOptions* options) {
       ->group(group)
       ->capture_default_str();
   command
-      .add_option("--stall-patience", options->stall_patience,
-                  "Seconds that the server gets to end them after the load")
+      .add_option("--stalled-seconds", options->stalled_seconds,
+                  "How long after the load they go on not to read; then they do, and see what has become of them")
       ->check(CLI::NonNegativeNumber)
       ->group(group)
       ->capture_default_str();

@@ -58,11 +58,20 @@ class Stream final : public Reactor {
 
   // Any thread, for as long as the owner has it.
   void cancel() { context_->TryCancel(); }
+  void read_on() {
+    {
+      const std::lock_guard lock(mutex_);
+      stalls = false;
+      if (!std::exchange(held_, false)) return;
+    }
+    StartRead(&response_);
+    RemoveHold();
+  }
 
   // Set before start(), read after on_end().
   StreamRecord record;
   int32_t cancel_after_tokens = 0;  // 0: never
-  bool stalls = false;
+  bool stalls = false;              // does not read after its first message, until read_on()
   int channel = 0;
 
  private:
@@ -70,7 +79,12 @@ class Stream final : public Reactor {
     if (!ok) return;
     if (response_.has_usage()) record.cached_tokens = response_.usage().cached_tokens();
     if (response_.tokens_size() > 0) take_tokens();
-    if (!stalls || record.messages.empty()) StartRead(&response_);
+    {
+      const std::lock_guard lock(mutex_);
+      held_ = stalls && !record.messages.empty();
+      if (held_) return AddHold();  // the stream is there until read_on(), whatever the server does
+    }
+    StartRead(&response_);
   }
 
   void take_tokens() {
@@ -94,6 +108,8 @@ class Stream final : public Reactor {
   const Clock::time_point load_begin_;
   v1::GenerateResponse response_;
   int32_t tokens_ = 0;
+  std::mutex mutex_;   // read_on() against OnReadDone()
+  bool held_ = false;  // no read is under way
 };
 
 // Connections to one server, opened as they are needed.
@@ -362,18 +378,18 @@ void LoadGenerator::cancel() {
 }
 
 struct StalledStreams::Impl final : Stream::Owner {
-  void on_first_message(const StreamRecord&) override { count(&first_messages); }
+  void on_first_message(const StreamRecord&) override {
+    const std::lock_guard lock(mutex);
+    ++first_messages;
+    changed.notify_all();
+  }
   void on_end(Stream* stream) override {
     const std::lock_guard lock(mutex);
     ended.push_back(stream);
     if (stream->record.messages.empty()) ++first_messages;  // it waits for none any more
     changed.notify_all();
   }
-  void count(size_t* number) {
-    const std::lock_guard lock(mutex);
-    ++*number;
-    changed.notify_all();
-  }
+  bool all_ended() const { return ended.size() == streams.size(); }  // REQUIRES: mutex
 
   std::vector<std::shared_ptr<grpc::Channel>> channels;
   std::vector<std::unique_ptr<v1::InferenceService::Stub>> stubs;
@@ -418,7 +434,9 @@ StalledStreams::StalledStreams(const Connection& server, const StalledOptions& o
 
 StalledStreams::~StalledStreams() {
   for (const auto& stream : impl_->streams) stream->cancel();
-  wait_ended(absl::InfiniteFuture());
+  for (const auto& stream : impl_->streams) stream->read_on();
+  std::unique_lock lock(impl_->mutex);
+  impl_->changed.wait(lock, [this] { return impl_->all_ended(); });
 }
 
 bool StalledStreams::wait_stalled(absl::Time deadline) {
@@ -427,14 +445,10 @@ bool StalledStreams::wait_stalled(absl::Time deadline) {
                                    [this] { return impl_->first_messages == impl_->streams.size(); });
 }
 
-bool StalledStreams::wait_ended(absl::Time deadline) {
+bool StalledStreams::read_on(absl::Time deadline) {
+  for (const auto& stream : impl_->streams) stream->read_on();
   std::unique_lock lock(impl_->mutex);
-  const auto all = [this] { return impl_->ended.size() == impl_->streams.size(); };
-  if (deadline == absl::InfiniteFuture()) {
-    impl_->changed.wait(lock, all);
-    return true;
-  }
-  return impl_->changed.wait_until(lock, absl::ToChronoTime(deadline), all);
+  return impl_->changed.wait_until(lock, absl::ToChronoTime(deadline), [this] { return impl_->all_ended(); });
 }
 
 std::vector<StreamRecord> StalledStreams::records() const {

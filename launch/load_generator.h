@@ -66,7 +66,8 @@ struct StalledOptions {
 };
 
 // Streams that stop reading after their first message, each on a small flow-control window. A gRPC connection of their
-// own, as other people's clients have.
+// own, as other people's clients have. What becomes of them shows only when they read on: gRPC tells a client of the
+// end of its stream after all that came before.
 class StalledStreams {
  public:
   // Starts them. `server` is open and outlives this.
@@ -76,8 +77,8 @@ class StalledStreams {
 
   // Whether each of them has its first message or has ended.
   bool wait_stalled(absl::Time deadline);
-  // Whether the server has ended them all.
-  bool wait_ended(absl::Time deadline);
+  // They read on from now. Whether all have ended.
+  bool read_on(absl::Time deadline);
   // As of now; those still open say OPEN.
   std::vector<StreamRecord> records() const;
 
