@@ -253,7 +253,7 @@ absl::Status ServeBench::run_sweep() {
   }
   std::printf("\n%s\n", bars_text(bars).c_str());
   json_["sweep"] = std::move(levels);
-  svg_ = bars_svg(title() + ": generated tokens/s by concurrency", what(), bars);
+  svg_ = bars_svg("Generated tokens/s by concurrent requests", absl::StrCat(title(), ": ", what()), bars);
   return absl::OkStatus();
 }
 
@@ -283,9 +283,9 @@ absl::Status ServeBench::run_paired() {
   std::printf("\n%s\nmedian ratio of the p99 with %d stalled streams to that without: %.3f\n\n",
               bars_text(bars).c_str(), options_.stalled, median(ratios));
   json_["paired"] = {{"rounds", rounds}, {"stalled", options_.stalled}, {"median_p99_ratio", median(ratios)}};
-  svg_ = bars_svg(absl::StrFormat("%s: between messages p99 beside %d stalled streams; median ratio %.3f", title(),
-                                  options_.stalled, median(ratios)),
-                  what(), bars);
+  svg_ = bars_svg(absl::StrFormat("Between messages p99 beside %d stalled streams: median ratio %.3f", options_.stalled,
+                                  median(ratios)),
+                  absl::StrCat(title(), ": ", what()), bars);
   return absl::OkStatus();
 }
 
