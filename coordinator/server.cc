@@ -264,7 +264,7 @@ void Server::shutdown(const absl::Status& cause, absl::Duration patience) {
   if (impl_->server == nullptr) return;
   drain();
   if (impl_->address_file_written) unlink(impl_->options.address_file.c_str());
-  impl_->inference.end_all(cause);
+  impl_->inference.end_all(absl::UnavailableError(cause.message()));
   const absl::Time deadline = absl::Now() + patience;
   while (impl_->inference.calls() > 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(1));
   impl_->listener.reset();

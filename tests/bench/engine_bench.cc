@@ -17,6 +17,7 @@
 #include "coordinator/scheduler.h"
 #include "coordinator/thread_worker_group.h"
 #include "octet/internal/v1/worker.pb.h"
+#include "worker/slot_table.h"
 #include "worker/step_wire.h"
 
 namespace octet {
@@ -57,7 +58,8 @@ void measure_scheduler(int32_t sequences) {
   StepPlan plan;
   StepResult result;
   std::vector<TokenEvent> events;
-  std::vector<double> plans, applies, copies, encodes;
+  SlotTable slots(limits);
+  std::vector<double> plans, applies, copies, encodes, batches;
   internal::v1::Plan wire;
   for (int step = 0; step < kWarmUp + kSteps; ++step) {
     const auto begin = Clock::now();
@@ -78,15 +80,29 @@ void measure_scheduler(int32_t sequences) {
     const double copied = microseconds_since(copying);
     const auto encoding = Clock::now();
     encode(copy, &wire);
+    const double encoded = microseconds_since(encoding);
+    const auto building = Clock::now();
+    if (absl::Status status = slots.take(plan); !status.ok()) {
+      std::fprintf(stderr, "engine_bench: %s\n", std::string(status.message()).c_str());
+      return;
+    }
+    const double built = microseconds_since(building);
+    for (const SampledToken& sampled : result.sampled) {  // as the worker does
+      slots.slot(sampled.slot).last_token = sampled.chosen.token;
+      slots.slot(sampled.slot).has_sample = true;
+    }
     if (step < kWarmUp) continue;
-    encodes.push_back(microseconds_since(encoding));
+    encodes.push_back(encoded);
+    batches.push_back(built);
     plans.push_back(planned);
     applies.push_back(applied);
     copies.push_back(copied);
   }
-  std::printf("%zu running sequences, a decode step                %8s %8s %8s\n", plan.run.size(), "median", "p90", "p99");
+  std::printf("%zu running sequences, a decode step                %8s %8s %8s\n", plan.run.size(), "median", "p90",
+              "p99");
   print("scheduler: plan", plans, "us");
   print("scheduler: apply", applies, "us");
+  print("worker: plan to batch", batches, "us");
   print("plan to wire message", encodes, "us");
   print("(calibration: copying the plan)", copies, "us");
 }
