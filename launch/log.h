@@ -16,7 +16,8 @@ enum class LogLevel { kInfo, kWarning, kError };
 void start_log(LogFormat format, int rank);
 
 // Any thread. `fields` is an object; text shows it as key=value.
-void log_line(LogLevel level, const std::string& message, const nlohmann::ordered_json& fields = {});
+void log_line(LogLevel level, const std::string& message,
+              const nlohmann::ordered_json& fields = nlohmann::ordered_json::object());
 inline void log(const std::string& message) { log_line(LogLevel::kInfo, message); }
 
 }  // namespace octet

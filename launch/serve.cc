@@ -95,7 +95,7 @@ void log_call(const CallReport& call) {
 
 // The last resort: a rank inside a collective whose peers are gone never comes back, so its process ends here.
 [[noreturn]] void end_process(int rank, const absl::Status& cause) {
-  std::fprintf(stderr, "octet: rank %d ends: %s\n", rank, std::string(cause.message()).c_str());
+  log_line(LogLevel::kError, absl::StrFormat("rank %d ends: %s", rank, std::string(cause.message())));
   std::_Exit(1);
 }
 
@@ -171,8 +171,17 @@ class Rank {
     absl::StatusOr<MemoryPlan> plan = plan_memory(*checkpoint_, options, available);
     if (!plan.ok()) return plan.status();
     plan_ = *std::move(plan);
-    if (leads()) std::fprintf(stderr, "%s\n", plan_->to_string().c_str());
+    if (leads()) show_plan();
     return absl::OkStatus();
+  }
+
+  // For people a table; for machines one line, as every other.
+  void show_plan() const {
+    if (options_.log_format == LogFormat::kText) {
+      std::fprintf(stderr, "%s\n", plan_->to_string().c_str());
+    } else {
+      log_line(LogLevel::kInfo, "memory plan", {{"plan", plan_->to_string()}});
+    }
   }
 
   // Before the weights are loaded is the time to find out that a port is taken.
@@ -218,7 +227,7 @@ class Rank {
 
     LoadOptions load{.activations = options_.runtime.activations};
     std::optional<Progress> progress;
-    if (leads()) {
+    if (leads() && options_.log_format == LogFormat::kText) {
       progress.emplace("Loading weights");
       load.progress = [&](int64_t done, int64_t total) { progress->update(done, total); };
     }

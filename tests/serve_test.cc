@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <sstream>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -126,6 +127,30 @@ TEST(Serve, ShowsItsMetrics) {
     EXPECT_TRUE(absl::StrContains(page, line)) << line << "is not in\n" << page;
   }
   EXPECT_EQ(server.stop(SIGUSR1), 0) << server.process().err();
+}
+
+TEST(Serve, LogsOneObjectALine) {
+  Server server(write_random_model({}), 2, {"--log-format", "json"});
+  ASSERT_TRUE(server.ready());
+  greedy(server, {1, 2, 3}, 4);
+  EXPECT_EQ(server.run({"generate", "--token-ids", "99999", "--request-id", "the \"bad\" one"}).status, 1);
+  EXPECT_EQ(server.stop(SIGUSR1), 0);
+  int lines = 0, calls = 0;
+  bool bad_seen = false;
+  std::istringstream log(server.process().err());
+  for (std::string text; std::getline(log, text); ++lines) {
+    if (text.starts_with("mpirun: ")) continue;
+    const json line = json::parse(text, nullptr, /*allow_exceptions=*/false);
+    ASSERT_TRUE(line.is_object()) << text;
+    for (const char* key : {"time", "level", "rank", "message"}) EXPECT_TRUE(line.contains(key)) << key << ": " << text;
+    if (line.at("message") != "call ended") continue;
+    ++calls;
+    bad_seen |= line.at("request_id") == "the \"bad\" one" && line.at("status") == "INVALID_ARGUMENT";
+    EXPECT_FALSE(absl::StrContains(text, "99999")) << "what a client sent is nobody else's to read";
+  }
+  EXPECT_GT(lines, 3);
+  EXPECT_EQ(calls, 2);
+  EXPECT_TRUE(bad_seen);
 }
 
 // A start that must fail: what is started, and what its message must hold.
