@@ -60,22 +60,22 @@ TEST(Storm, AThousandStreamsWithCancelsLeaveNoRequestNoBlockAndNoMemory) {
   // for each thread, memory follows what threads happened to meet.
   Process::Options process = mpirun_environment();
   process.environment["MALLOC_ARENA_MAX"] = "1";
-  // A cache so small that the first storms touch all of it: memory becomes resident when it is first used.
-  Server server(write_tiny_model(), 2, {"--threads", "1", "--max-waiting", "4000", "--kv-memory", "8MiB"}, process);
+  // A cache so small that the first storm touches all of it: memory becomes resident when it is first used.
+  Server server(write_tiny_model(), 2, {"--threads", "1", "--max-waiting", "4000", "--kv-memory", "2MiB"}, process);
   ASSERT_TRUE(server.ready());
   const auto storm = [&](int seed) {
     const json found = bench(
-        server, {"--concurrency", "1000", "--requests", "3000", "--warmup", "0", "--cancel-rate", "0.3",
+        server, {"--concurrency", "1000", "--requests", "2000", "--warmup", "0", "--cancel-rate", "0.3",
                  "--prompt-tokens", "uniform:1-40", "--output-tokens", "uniform:1-30", "--seed", absl::StrCat(seed)});
-    expect_all_ended(found, 3000);
-    EXPECT_GT(found.at("summary").at("cancelled"), 300) << "too few cancels to mean anything";
+    expect_all_ended(found, 2000);
+    EXPECT_GT(found.at("summary").at("cancelled"), 200) << "too few cancels to mean anything";
   };
   // The allocator's pool and gRPC's buffers grow to the size of a storm once.
-  for (int seed = 0; seed < 2; ++seed) storm(seed);
+  for (int seed = 0; seed < 3; ++seed) storm(seed);
   const double before = resident_bytes(server.rank_0());
-  for (int seed = 2; seed < 5; ++seed) storm(seed);
+  for (int seed = 3; seed < 5; ++seed) storm(seed);
   const double drift = resident_bytes(server.rank_0()) / before - 1;
-  std::printf("resident memory of rank 0: %.1f MiB, %+.2f %% after 9,000 more streams\n", before / (1 << 20),
+  std::printf("resident memory of rank 0: %.1f MiB, %+.2f %% after 4,000 more streams\n", before / (1 << 20),
               100 * drift);
   EXPECT_LT(drift, 0.02);
 }
