@@ -187,6 +187,7 @@ class Rank {
   // Before the weights are loaded is the time to find out that a port is taken.
   absl::Status listen() {
     if (!leads()) return absl::OkStatus();
+    if (absl::Status status = listen_for_metrics(); !status.ok()) return status;  // first: calls are counted there
     drain_event = eventfd(0, EFD_CLOEXEC);
     ServerOptions server_options = options_.server;
     server_options.streams.stall = absl::Seconds(options_.stall_seconds);
@@ -198,7 +199,7 @@ class Rank {
     absl::StatusOr<std::unique_ptr<Server>> server = Server::start(server_options);
     if (!server.ok()) return server.status();
     server_ = *std::move(server);
-    return listen_for_metrics();
+    return absl::OkStatus();
   }
 
   absl::Status listen_for_metrics() {
