@@ -1,5 +1,6 @@
 #include "launch/serve.h"
 
+#include <malloc.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -359,6 +360,8 @@ class Rank {
 };
 
 int run_serve(const ServeOptions& options) {
+  // glibc would give every few threads a pool of their own, and memory would follow which of them met which request.
+  mallopt(M_ARENA_MAX, 1);
   absl::StatusOr<std::vector<int>> pretend_nodes = std::vector<int>();
   if (!options.pretend_nodes.empty()) pretend_nodes = parse_pretend_nodes(options.pretend_nodes);
   if (!pretend_nodes.ok()) {

@@ -24,9 +24,8 @@ inline std::string fresh_path(const std::string& name) {
 // A server on a free port, stopped when it goes out of scope.
 class Server {
  public:
-  explicit Server(const std::string& model, int ranks, const std::vector<std::string>& more = {},
-                  const Process::Options& process = mpirun_environment())
-      : address_file_(fresh_path("address")), process_(mpirun(ranks, command(model, more)), process) {
+  explicit Server(const std::string& model, int ranks, const std::vector<std::string>& more = {})
+      : address_file_(fresh_path("address")), process_(mpirun(ranks, command(model, more)), mpirun_environment()) {
     ready_ = wait_for_file(address_file_, process_, std::chrono::seconds(120));
     EXPECT_TRUE(ready_) << process_.err();
   }

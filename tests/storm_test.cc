@@ -56,12 +56,9 @@ void expect_all_ended(const json& found, int requests) {
 }
 
 TEST(Storm, AThousandStreamsWithCancelsLeaveNoRequestNoBlockAndNoMemory) {
-  // The queue must hold those who wait and those who have gone since the last step. One pool of the allocator: with one
-  // for each thread, memory follows what threads happened to meet.
-  Process::Options process = mpirun_environment();
-  process.environment["MALLOC_ARENA_MAX"] = "1";
+  // The queue must hold those who wait and those who have gone since the last step.
   // A cache so small that the first storm touches all of it: memory becomes resident when it is first used.
-  Server server(write_tiny_model(), 2, {"--threads", "1", "--max-waiting", "4000", "--kv-memory", "2MiB"}, process);
+  Server server(write_tiny_model(), 2, {"--threads", "1", "--max-waiting", "4000", "--kv-memory", "2MiB"});
   ASSERT_TRUE(server.ready());
   const auto storm = [&](int seed) {
     const json found = bench(
