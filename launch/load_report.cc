@@ -106,7 +106,7 @@ double round_up(double value) {
 
 constexpr const char* kBlue = "#3b6ea5";
 constexpr const char* kOrange = "#c77f2f";
-constexpr int kWidth = 640, kPlotLeft = 90, kPlotWidth = 520, kPlotHeight = 150, kPanel = 230;
+constexpr int kWidth = 720, kPlotLeft = 90, kPlotWidth = 600, kPlotHeight = 150, kPanel = 230;
 
 std::string svg_begin(int height, const std::string& title, const std::string& what) {
   return absl::StrFormat(
