@@ -446,7 +446,7 @@ TEST(Stall, EndsAClientThatStopsReadingAlthoughNothingNewComesForIt) {
     return load.requests_running() + load.requests_waiting();
   };
   EXPECT_EQ(calls_left(), 0);
-  std::this_thread::sleep_for(600ms);  // nothing is read, nothing comes: only the watcher can end it
+  std::this_thread::sleep_for(2s);  // nothing is read, nothing comes: only the watcher can end it
   while (reader->Read(&message)) {
   }
   EXPECT_FALSE(reader->Finish().ok());
