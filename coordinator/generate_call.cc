@@ -298,7 +298,7 @@ void EngineCall::done() {
 
 // ---- GenerateCall
 
-// One write at a time; what comes meanwhile becomes one message for each output.
+// One write at a time; what comes meanwhile waits in outputs().
 void GenerateCall::progress() {
   if (writing_ || finished()) return;
   if (!outputs().status().ok()) return finish(outputs().status());

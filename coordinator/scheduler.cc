@@ -326,9 +326,7 @@ int32_t Scheduler::share_cached_blocks(Sequence* sequence) {
   sequence->prefix = index_.root(family.request.cache_salt);
   sequence->indexed_blocks = 0;
   // Logprobs of the prompt come from running it.
-  const bool scores = family.request.prompt_logprobs.has_value() && sequence->output_index == 0 &&
-                      family.scored < prompt_tokens(*sequence) - 1;
-  if (!options_.prefix_cache || scores) return 0;
+  if (!options_.prefix_cache || has_scores_due(*sequence)) return 0;
   const int32_t most = (length(*sequence) - 1) / limits_.block_tokens;
   while (sequence->indexed_blocks < most) {
     const int32_t block = index_.find(tokens_of_block(*sequence, sequence->indexed_blocks), &sequence->prefix);
@@ -402,22 +400,23 @@ void Scheduler::run_chunk(Sequence* sequence, int32_t tokens, StepPlan* plan, in
   }
 }
 
+// Whether logprobs of its prompt are still to be computed: output 0 does that for all.
+bool Scheduler::has_scores_due(const Sequence& sequence) {
+  return sequence.output_index == 0 && sequence.family->request.prompt_logprobs.has_value() &&
+         sequence.family->scored < prompt_tokens(sequence) - 1;
+}
+
 // A chunk does not mix prompt tokens whose logprobs were reported before a preemption with those that are still due.
 int32_t Scheduler::up_to_unscored(const Sequence& sequence, int32_t tokens) {
-  const Family& family = *sequence.family;
-  const bool scores = family.request.prompt_logprobs.has_value() && sequence.output_index == 0 &&
-                      family.scored < prompt_tokens(sequence) - 1;
-  return scores && sequence.planned < family.scored ? std::min(tokens, family.scored - sequence.planned) : tokens;
+  const int32_t scored = sequence.family->scored;
+  return has_scores_due(sequence) && sequence.planned < scored ? std::min(tokens, scored - sequence.planned) : tokens;
 }
 
 void Scheduler::mark_scores(Sequence* sequence, SlotTokens* run) {
   Family& family = *sequence->family;
   const std::vector<int32_t>& prompt = family.request.prompt;
   const int32_t last = prompt_tokens(*sequence) - 1;
-  if (!family.request.prompt_logprobs.has_value() || sequence->output_index != 0 || family.scored >= last ||
-      run->position < family.scored) {
-    return;
-  }
+  if (!has_scores_due(*sequence) || run->position < family.scored) return;
   const int32_t end = run->position + run->count();
   run->score = true;
   run->score_top = *family.request.prompt_logprobs;

@@ -57,8 +57,8 @@ class Scheduler {
   void add(Request request, int64_t now_ms);
 
   // Ends a request (kCancelled), or one output of it (kStopped); unknown or finished ones are ignored. The terminal
-  // event comes from the next take_events() or apply(). May be called while steps are in flight: what they sample for it
-  // is dropped.
+  // event comes from the next take_events() or apply(). May be called while steps are in flight: what they sample for
+  // it is dropped.
   void cancel(RequestId id);
   void stop(RequestId id, uint32_t output_index);
 
@@ -175,6 +175,7 @@ class Scheduler {
   int32_t share_cached_blocks(Sequence* sequence);
   void open_slot(Sequence* sequence, StepPlan* plan);
   void run_chunk(Sequence* sequence, int32_t tokens, StepPlan* plan, int32_t* budget);
+  static bool has_scores_due(const Sequence& sequence);
   static int32_t up_to_unscored(const Sequence& sequence, int32_t tokens);
   static void mark_scores(Sequence* sequence, SlotTokens* run);
   void index_full_blocks(Sequence* sequence);
