@@ -1,0 +1,283 @@
+#include "launch/rank.h"
+
+#include <malloc.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_format.h"
+#include "coordinator/rpc_worker_group.h"
+#include "launch/bootstrap.h"
+#include "launch/progress.h"
+#include "launch/version.h"
+#include "worker/checkpoint/checkpoint.h"
+#include "worker/checkpoint/inspect.h"
+#include "worker/collective/mpi_communicator.h"
+#include "worker/kv_cache.h"
+#include "worker/numerics.h"
+#include "worker/worker.h"
+#include "worker/worker_service.h"
+
+namespace octet {
+namespace {
+
+// The name under which other nodes reach this one.
+std::string host_name() {
+  char name[256] = {};
+  gethostname(name, sizeof name - 1);
+  return name;
+}
+
+// Members are declared in the order in which they are made and outlive what uses them.
+class Rank {
+ public:
+  Rank(const RankOptions& options, Bootstrap& bootstrap, Leader* leader)
+      : options_(options), bootstrap_(bootstrap), leader_(leader) {}
+
+  int run() {
+    // Each phase ends with agree(): what fails on one rank fails on all, before anyone waits for it.
+    for (auto phase : {&Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::load, &Rank::open_plan_streams}) {
+      const absl::Status status = bootstrap_.agree((this->*phase)());
+      if (status.ok()) continue;
+      if (leads()) log_line(LogLevel::kError, std::string(status.message()));  // the same on every rank: one says it
+      return options_.refused;
+    }
+    const std::string local_address = bootstrap_.broadcast(leads() ? group_->local_address() : "");
+    const std::string remote_address = bootstrap_.broadcast(leads() ? group_->remote_address() : "");
+    const absl::StatusOr<int> status =
+        leads() ? lead() : follow(bootstrap_.shares_node_with_rank_0() ? local_address : remote_address);
+    // Beyond this point ranks cannot agree any more: one that fails goes at once, and the others notice.
+    if (!status.ok()) end_process(status.status());
+    // A clean end is everybody's: the launcher must not take the rank that it hears of first for the job's word.
+    return std::atoi(bootstrap_.broadcast(absl::StrCat(*status)).c_str());
+  }
+
+ private:
+  bool leads() const { return bootstrap_.rank() == 0; }
+
+  // The last resort: a rank inside a collective whose peers are gone never comes back, so its process ends here.
+  [[noreturn]] void end_process(const absl::Status& cause) const {
+    log_line(LogLevel::kError, absl::StrFormat("rank %d ends: %s", bootstrap_.rank(), std::string(cause.message())));
+    std::_Exit(options_.lost);
+  }
+
+  absl::Status open_model() {
+    absl::StatusOr<Checkpoint> checkpoint = Checkpoint::open(options_.runtime.model);
+    const uint64_t digest = checkpoint.ok() ? checkpoint->digest() : 0;
+    if (absl::Status status = bootstrap_.agree(checkpoint.status()); !status.ok()) return status;
+    checkpoint_ = *std::move(checkpoint);
+    const std::string id = numerics_id(checkpoint_->config(), options_.runtime.isa, options_.runtime.activations);
+    if (absl::Status status = bootstrap_.all_equal("model files", absl::StrFormat("%016x", digest)); !status.ok())
+      return status;
+    if (absl::Status status = bootstrap_.all_equal("numerics id", id); !status.ok()) return status;
+    if (!leads()) return absl::OkStatus();
+    for (const std::string& warning : checkpoint_->warnings()) log_line(LogLevel::kWarning, warning);
+    return open_text();
+  }
+
+  absl::Status open_text() {
+    absl::StatusOr<Tokenizer> tokenizer = Tokenizer::load(options_.runtime.model);
+    if (!tokenizer.ok()) return tokenizer.status();
+    absl::StatusOr<ChatFormat> chat = ChatFormat::detect(*tokenizer);
+    if (!chat.ok()) log("chat requests will be refused: " + std::string(chat.status().message()));
+    std::vector<int32_t> eos = checkpoint_->config().eos_token_ids;
+    const std::vector<int32_t>& more = checkpoint_->generation_config().eos_token_ids;
+    eos.insert(eos.end(), more.begin(), more.end());
+    std::sort(eos.begin(), eos.end());
+    eos.erase(std::unique(eos.begin(), eos.end()), eos.end());
+    model_ = std::make_shared<ServedModel>(
+        ServedModel{.name = std::filesystem::weakly_canonical(options_.runtime.model).filename(),
+                    .architecture = "LlamaForCausalLM",
+                    .quant_method = checkpoint_->quant_method(),
+                    .parameters = summarize(*checkpoint_).parameters,
+                    .tokenizer = *std::move(tokenizer),
+                    .chat = std::move(chat),
+                    .generation_config = checkpoint_->generation_config(),
+                    .eos_token_ids = std::move(eos)});
+    return absl::OkStatus();
+  }
+
+  absl::Status plan() {
+    absl::StatusOr<ShardSpec> shard = ShardSpec::make(checkpoint_->config(), bootstrap_.rank(), bootstrap_.size());
+    if (!shard.ok()) return shard.status();
+    shard_ = *shard;
+    absl::StatusOr<int64_t> memory = bootstrap_.own_memory();
+    if (!memory.ok()) return memory.status();
+    std::vector<int64_t> available;
+    for (uint64_t bytes : bootstrap_.all_gather(static_cast<uint64_t>(*memory)))
+      available.push_back(static_cast<int64_t>(bytes));
+    MemoryOptions options = options_.runtime.memory;
+    options.window_bytes = 2 * kDefaultAreaBytes;
+    absl::StatusOr<MemoryPlan> plan = plan_memory(*checkpoint_, options, available);
+    if (!plan.ok()) return plan.status();
+    plan_ = *std::move(plan);
+    if (leads()) show_plan();
+    return absl::OkStatus();
+  }
+
+  // For people a table; for machines one line, as every other.
+  void show_plan() const {
+    if (options_.log_format == LogFormat::kText) {
+      std::fprintf(stderr, "%s\n", plan_->to_string().c_str());
+    } else {
+      log_line(LogLevel::kInfo, "memory plan", {{"plan", plan_->to_string()}});
+    }
+  }
+
+  absl::Status prepare() {
+    threads_ = options_.runtime.threads.value_or(bootstrap_.own_cores());
+    if (!leads()) return absl::OkStatus();
+    drain_.emplace();
+    model_->limits = plan_->limits;
+    job_ = {
+        .model = model_,
+        .facts = {.version = kVersion,
+                  .numerics_id = numerics_id(checkpoint_->config(), options_.runtime.isa, options_.runtime.activations),
+                  .ranks = bootstrap_.size(),
+                  .threads_per_rank = threads_,
+                  .device = "cpu",
+                  .isa = name_of(options_.runtime.isa)},
+        .plan = *plan_,
+        .checkpoint_digest = checkpoint_->digest(),
+        .drain = &*drain_};
+    return leader_->prepare(job_);
+  }
+
+  absl::Status load() {
+    const bool spin = bootstrap_.each_thread_has_a_core(threads_);
+    stream_.emplace(Stream::CpuOptions{.threads = threads_, .isa = options_.runtime.isa, .spin = spin});
+    MpiCommunicatorOptions window{.wait = {.spin = spin}};
+    for (int rank = 0; rank < bootstrap_.size(); ++rank) window.map.runs.push_back(shard_->run_of(rank));
+    window.map.node_of_rank = bootstrap_.node_of_rank();
+    absl::StatusOr<std::unique_ptr<Communicator>> communicator = make_mpi_communicator(window);
+    if (!communicator.ok()) return communicator.status();
+    communicator_ = *std::move(communicator);
+
+    LoadOptions load{.activations = options_.runtime.activations};
+    std::optional<Progress> progress;
+    if (leads() && options_.log_format == LogFormat::kText) {
+      progress.emplace("Loading weights");
+      load.progress = [&](int64_t done, int64_t total) { progress->update(done, total); };
+    }
+    absl::StatusOr<ModelWeights> weights = ModelWeights::load(*stream_, *checkpoint_, *shard_, load);
+    if (!weights.ok()) return weights.status();
+    weights_.emplace(*std::move(weights));
+    if (progress) progress->finish(static_cast<int64_t>(weights_->memory().size()));
+    worker_.emplace(*stream_, *communicator_, checkpoint_->config(), *shard_, *weights_,
+                    KvCache(checkpoint_->config(), *shard_, plan_->limits.blocks), plan_->limits);
+    return absl::OkStatus();
+  }
+
+  // Rank 0 opens the door through which the others will fetch their plans.
+  absl::Status open_plan_streams() {
+    if (!leads()) return absl::OkStatus();
+    RpcWorkerGroupOptions options{.ranks = bootstrap_.size(),
+                                  .job_secret = absl::BytesToHexString(bootstrap_.job_secret()),
+                                  .remote_ranks = bootstrap_.local_size() < bootstrap_.size(),
+                                  .host = host_name(),
+                                  .on_failure = [this](const absl::Status& cause) { drain_->fail(cause); }};
+    absl::StatusOr<std::unique_ptr<RpcWorkerGroup>> group =
+        RpcWorkerGroup::listen(options, [this](const StepPlan& plan) { return worker_->run(plan); });
+    if (!group.ok()) return group.status();
+    group_ = *std::move(group);
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<int> follow(const std::string& coordinator) {
+    // Rank 0 decides, and the stop plan says so.
+    for (int number : {SIGINT, SIGTERM, SIGUSR1}) signal(number, SIG_IGN);
+    const absl::Status status = serve_plans({.coordinator = coordinator,
+                                             .rank = bootstrap_.rank(),
+                                             .job_secret = absl::BytesToHexString(bootstrap_.job_secret()),
+                                             .on_lost = [this](const absl::Status& cause) { end_process(cause); }},
+                                            [this](const StepPlan& plan) { return worker_->run(plan); });
+    if (!status.ok()) return status;
+    return 0;  // rank 0's word counts
+  }
+
+  absl::StatusOr<int> lead() {
+    if (absl::Status status = group_->wait_for_ranks(absl::Seconds(60)); !status.ok()) return status;
+    if (absl::Status status = warm_up(); !status.ok()) return status;
+    drain_->catch_signals();
+    absl::StatusOr<int> exit_status = leader_->lead(job_, group_.get());
+    if (!exit_status.ok()) return exit_status;
+    if (absl::Status cause = drain_->failure(); !cause.ok()) return cause;  // after the order to drain
+    group_.reset();
+    return exit_status;
+  }
+
+  // One step on all ranks before there is work: what serves has been seen to work.
+  absl::Status warm_up() {
+    StepPlan plan;
+    plan.open = {{.slot = 0}};
+    plan.blocks = {{.slot = 0, .block = 0}};
+    plan.run = {{.slot = 0, .tokens = {0}, .sample = true}};
+    absl::StatusOr<StepResult> result = group_->run(plan);
+    if (!result.ok()) return result.status();
+    if (!result->error.empty()) return absl::InternalError("the first step failed: " + result->error);
+    StepPlan close;
+    close.close = {0};
+    return group_->run(close).status();
+  }
+
+  const RankOptions& options_;
+  Bootstrap& bootstrap_;
+  Leader* const leader_;
+  std::optional<Checkpoint> checkpoint_;
+  std::optional<ShardSpec> shard_;
+  std::optional<MemoryPlan> plan_;
+  std::optional<Stream> stream_;
+  std::unique_ptr<Communicator> communicator_;
+  std::optional<ModelWeights> weights_;
+  std::optional<Worker> worker_;
+  int threads_ = 1;
+  // Rank 0 only.
+  std::shared_ptr<ServedModel> model_;
+  std::optional<Drain> drain_;
+  Job job_;
+  std::unique_ptr<RpcWorkerGroup> group_;
+};
+
+}  // namespace
+
+void add_rank_options(CLI::App& command, RankOptions* options) {
+  add_runtime_options(command, &options->runtime);
+  command
+      .add_option_function<std::string>(
+          "--log-format",
+          [options](const std::string& name) {
+            options->log_format = name == "json" ? LogFormat::kJson : LogFormat::kText;
+          },
+          "Lines on standard error: text, or json, one object each [text]")
+      ->check(CLI::IsMember({"text", "json"}));
+  command.add_option("--pretend-nodes", options->pretend_nodes,
+                     "Treat ranks as if on several nodes, 2+1: exercises the way between nodes on one machine");
+}
+
+int run_rank(const RankOptions& options, Leader* leader) {
+  // glibc would give every few threads a pool of their own, and memory would follow which of them met which request.
+  mallopt(M_ARENA_MAX, 1);
+  absl::StatusOr<std::vector<int>> pretend_nodes = std::vector<int>();
+  if (!options.pretend_nodes.empty()) pretend_nodes = parse_pretend_nodes(options.pretend_nodes);
+  if (!pretend_nodes.ok()) {
+    log("--pretend-nodes: " + std::string(pretend_nodes.status().message()));
+    return options.refused;
+  }
+  absl::StatusOr<std::unique_ptr<Bootstrap>> bootstrap = Bootstrap::start({.pretend_nodes = *pretend_nodes});
+  if (!bootstrap.ok()) {
+    log(std::string(bootstrap.status().message()));
+    return options.refused;
+  }
+  start_log(options.log_format, (*bootstrap)->rank());
+  return Rank(options, **bootstrap, leader).run();
+}
+
+}  // namespace octet
