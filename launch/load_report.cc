@@ -6,8 +6,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/strings/str_replace.h"
 #include "kernels/check.h"
+#include "launch/svg.h"
 
 namespace octet {
 namespace {
@@ -90,70 +90,11 @@ std::string time_picture(const LoadSummary& summary) {
   return absl::StrCat(text, "  +", std::string(rates.size(), '-'), "\n");
 }
 
-std::string escaped(const std::string& text) {
-  return absl::StrReplaceAll(text, {{"&", "&amp;"}, {"<", "&lt;"}, {">", "&gt;"}});
-}
-
-// The smallest number of one digit and zeros that is not below `value` and whose quarters are short too.
-double round_up(double value) {
-  if (!(value > 0)) return 1.0;
-  const double power = std::pow(10.0, std::floor(std::log10(value)));
-  for (const double step : {1.0, 2.0, 3.0, 4.0, 6.0, 8.0}) {
-    if (value <= step * power * (1 + 1e-9)) return step * power;
-  }
-  return 10.0 * power;
-}
-
-constexpr const char* kBlue = "#3b6ea5";
-constexpr const char* kOrange = "#c77f2f";
-constexpr int kWidth = 720, kPlotLeft = 90, kPlotWidth = 600, kPlotHeight = 150, kPanel = 230;
-
-std::string svg_begin(int height, const std::string& title, const std::string& what) {
-  return absl::StrFormat(
-      "<svg xmlns='http://www.w3.org/2000/svg' width='%d' height='%d' font-family='sans-serif' font-size='12'>\n"
-      "<rect width='100%%' height='100%%' fill='white'/>\n"
-      "<text x='12' y='24' font-size='15'>%s</text>\n"
-      "<text x='12' y='44' fill='#555'>%s</text>\n",
-      kWidth, height, escaped(title), escaped(what));
-}
-
-// A panel's frame: its title, grid lines with labels at quarters of `most`, and labelled ticks on the x axis.
-std::string frame(int top, const std::string& title, double most, const std::function<std::string(double)>& label,
-                  const std::vector<std::pair<double, std::string>>& ticks) {
-  std::string svg = absl::StrFormat("<text x='12' y='%d' font-weight='bold'>%s</text>\n", top, escaped(title));
-  const int plot = top + 14;
-  for (int quarter = 0; quarter <= 4; ++quarter) {
-    const int y = plot + kPlotHeight - quarter * kPlotHeight / 4;
-    absl::StrAppendFormat(&svg,
-                          "<line x1='%d' x2='%d' y1='%d' y2='%d' stroke='%s'/>"
-                          "<text x='%d' y='%d' text-anchor='end' fill='#555'>%s</text>\n",
-                          kPlotLeft, kPlotLeft + kPlotWidth, y, y, quarter == 0 ? "#555" : "#e4e4e4", kPlotLeft - 8,
-                          y + 4, label(most * quarter / 4));
-  }
-  for (const auto& [share, text] : ticks) {
-    const int x = kPlotLeft + static_cast<int>(share * kPlotWidth);
-    absl::StrAppendFormat(&svg,
-                          "<line x1='%d' x2='%d' y1='%d' y2='%d' stroke='#555'/>"
-                          "<text x='%d' y='%d' text-anchor='middle' fill='#555'>%s</text>\n",
-                          x, x, plot + kPlotHeight, plot + kPlotHeight + 4, x, plot + kPlotHeight + 18, text);
-  }
-  return svg;
-}
-
-// Points are shares of the plot's width and height.
-std::string curve(int top, const std::vector<std::pair<double, double>>& points, const char* colour) {
-  std::string svg = absl::StrFormat("<polyline fill='none' stroke='%s' stroke-width='2' points='", colour);
-  for (const auto& [x, y] : points) {
-    absl::StrAppendFormat(&svg, "%.1f,%.1f ", kPlotLeft + x * kPlotWidth, top + 14 + (1 - y) * kPlotHeight);
-  }
-  return svg + "'/>\n";
-}
-
 // Percentiles from 0 to 99.9; each nine takes as much room as the one before it, as tails deserve.
 std::string percentile_panel(int top, const std::string& title, const std::vector<double>& sorted, const char* colour) {
   constexpr double kNines = 3.0;
   const auto place = [](double share) { return -std::log10(1 - share) / kNines; };
-  const double most = round_up(sorted.empty() ? 0.0 : percentile(sorted, 0.999));
+  const double most = svg_round_up(sorted.empty() ? 0.0 : percentile(sorted, 0.999));
   std::vector<std::pair<double, double>> points;
   for (int i = 0; !sorted.empty() && i <= 120; ++i) {
     const double x = i / 120.0;
@@ -165,25 +106,12 @@ std::string percentile_panel(int top, const std::string& title, const std::vecto
        std::vector<std::pair<double, const char*>>{{0.5, "p50"}, {0.9, "p90"}, {0.99, "p99"}, {0.999, "p99.9"}}) {
     ticks.emplace_back(place(share), name);
   }
-  return frame(top, title, most, human_seconds, ticks) + curve(top, points, colour);
+  return svg_frame(top, title, most, human_seconds, ticks) + svg_curve(top, points, colour);
 }
 
 std::string time_panel(int top, const LoadSummary& summary) {
-  const std::vector<double>& rates = summary.tokens_per_second_over_time;
-  const double most = round_up(rates.empty() ? 0.0 : *std::max_element(rates.begin(), rates.end()));
-  std::vector<std::pair<double, double>> points;
-  for (size_t i = 0; i < rates.size(); ++i) {
-    points.emplace_back(static_cast<double>(i) / rates.size(), rates[i] / most);
-    points.emplace_back(static_cast<double>(i + 1) / rates.size(), rates[i] / most);
-  }
-  std::vector<std::pair<double, std::string>> ticks;
-  for (const double share : {0.0, 0.25, 0.5, 0.75, 1.0}) {
-    ticks.emplace_back(share, absl::StrFormat("%.3g s", share * summary.seconds));
-  }
-  const auto label = [](double value) { return absl::StrFormat("%.6g", value); };
-  return frame(top, absl::StrFormat("Generated tokens/s over time: %.0f on average", summary.tokens_per_second), most,
-               label, ticks) +
-         curve(top, points, kBlue);
+  return svg_steps(top, absl::StrFormat("Generated tokens/s over time: %.0f on average", summary.tokens_per_second),
+                   summary.tokens_per_second_over_time, summary.seconds);
 }
 
 nlohmann::json percentiles_json(const std::vector<double>& sorted) {
@@ -364,11 +292,11 @@ std::string load_svg(const std::string& title, const std::string& what, const Lo
   const auto with_max = [](const char* name, const std::vector<double>& sorted) {
     return absl::StrCat(name, " by percentile, up to ", human_seconds(percentile(sorted, 1.0)));
   };
-  return absl::StrCat(
-      svg_begin(60 + 3 * kPanel, title, what),
-      percentile_panel(76, with_max("Time to the first token", s.first_token), s.first_token, kBlue),
-      percentile_panel(76 + kPanel, with_max("Time between messages", s.between_messages), s.between_messages, kOrange),
-      time_panel(76 + 2 * kPanel, s), "</svg>\n");
+  return absl::StrCat(svg_begin(60 + 3 * kSvgPanel, title, what),
+                      percentile_panel(76, with_max("Time to the first token", s.first_token), s.first_token, kSvgBlue),
+                      percentile_panel(76 + kSvgPanel, with_max("Time between messages", s.between_messages),
+                                       s.between_messages, kSvgOrange),
+                      time_panel(76 + 2 * kSvgPanel, s), "</svg>\n");
 }
 
 std::string bars_svg(const std::string& title, const std::string& what, const std::vector<Bar>& bars) {
@@ -381,9 +309,9 @@ std::string bars_svg(const std::string& title, const std::string& what, const st
     absl::StrAppendFormat(&svg,
                           "<text x='12' y='%d'>%s</text><rect x='%d' y='%d' width='%d' height='%d' fill='%s'/>"
                           "<text x='%d' y='%d'>%s</text>\n",
-                          y + 16, escaped(bar.name), kLeft, y, static_cast<int>(bar.value / most * kBarWidth),
-                          kBarHeight, kBlue, kLeft + static_cast<int>(bar.value / most * kBarWidth) + 8, y + 16,
-                          escaped(bar.text));
+                          y + 16, svg_text(bar.name), kLeft, y, static_cast<int>(bar.value / most * kBarWidth),
+                          kBarHeight, kSvgBlue, kLeft + static_cast<int>(bar.value / most * kBarWidth) + 8, y + 16,
+                          svg_text(bar.text));
     y += kBarHeight + 8;
   }
   return svg + "</svg>\n";

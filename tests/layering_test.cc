@@ -48,7 +48,7 @@ const std::vector<Library>& libraries() {
        std::regex("coordinator/metrics\\..*|tests/.*")},
       {"PCRE2", std::regex("pcre2.*\\.h"), std::regex("coordinator/text/.*|tests/.*")},
       {"spdlog", std::regex("spdlog/.*"), std::regex("launch/log\\..*|tests/.*")},
-      {"libsodium", std::regex("sodium.*"), std::regex("coordinator/prefix_index\\..*|tests/.*")},
+      {"libsodium", std::regex("sodium.*"), std::regex("coordinator/prefix_index\\..*|coordinator/batch.*|tests/.*")},
       {"CLI11", std::regex("CLI/.*"), std::regex("launch/.*|tests/.*")},
   };
   return kLibraries;
