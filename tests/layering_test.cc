@@ -43,12 +43,12 @@ const std::vector<Library>& libraries() {
                   ".*|tests/.*")},
       {"protobuf", std::regex("google/(protobuf|rpc)/.*|.*\\.pb\\.h"),
        std::regex("worker/(worker_service|step_wire).*|"
-                  "coordinator/(rpc_.*|.*_service|token_auth|server.*|generate_.*)\\..*|launch/.*|tests/.*")},
+                  "coordinator/(rpc_.*|.*_service|token_auth|server.*|generate_.*|openai_.*|batch_line)\\..*|launch/.*|tests/.*")},
       {"prometheus-cpp", std::regex("prometheus/.*|civetweb\\.h|CivetServer\\.h"),
        std::regex("coordinator/metrics\\..*|tests/.*")},
       {"PCRE2", std::regex("pcre2.*\\.h"), std::regex("coordinator/text/.*|tests/.*")},
       {"spdlog", std::regex("spdlog/.*"), std::regex("launch/log\\..*|tests/.*")},
-      {"libsodium", std::regex("sodium.*"), std::regex("coordinator/prefix_index\\..*|tests/.*")},
+      {"libsodium", std::regex("sodium.*"), std::regex("coordinator/(prefix_index|batch_line)\\..*|tests/.*")},
       {"CLI11", std::regex("CLI/.*"), std::regex("launch/.*|tests/.*")},
   };
   return kLibraries;
