@@ -9,6 +9,7 @@
 #include "coordinator/rpc_status.h"
 #include "coordinator/text/cat.h"
 #include "coordinator/text/ordered_json.h"
+#include "coordinator/text/utf8.h"
 #include "nlohmann/json.hpp"
 #include "octet/v1/inference_service.pb.h"
 
@@ -37,6 +38,7 @@ absl::StatusOr<Json> read_line(std::string_view text, int64_t number) {
     return absl::InvalidArgumentError(
         cat("the line has ", text.size(), " bytes; at most ", kMaxBatchLineBytes >> 20, " MiB: split it"));
   }
+  if (!is_valid_utf8(text)) return absl::InvalidArgumentError("the line is not valid UTF-8");
   absl::StatusOr<Json> line = read_ordered_json(text, "the line");
   if (line.ok() && !line->is_object()) return absl::InvalidArgumentError("the line is not a JSON object");
   return line;

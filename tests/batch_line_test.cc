@@ -12,6 +12,7 @@
 #include "coordinator/generate_output.h"
 #include "nlohmann/json.hpp"
 #include "octet/v1/inference_service.pb.h"
+#include "tests/fake_model.h"
 #include "tests/toy_chat.h"
 
 namespace octet {
@@ -19,26 +20,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-ServedModel toy_model(const std::string& chat_template = kToyLlama31) {
-  Tokenizer tokenizer = toy(chat_template);
-  absl::StatusOr<ChatFormat> chat = ChatFormat::detect(tokenizer);
-  return {.name = "toy",
-          .architecture = "LlamaForCausalLM",
-          .quant_method = "none",
-          .limits = {.slots = 8,
-                     .blocks = 512,
-                     .block_tokens = 16,
-                     .max_step_tokens = 512,
-                     .max_context = 4096,
-                     .vocab_size = tokenizer.vocab_size()},
-          .tokenizer = tokenizer,
-          .chat = std::move(chat),
-          .generation_config = {},
-          .eos_token_ids = {}};
-}
-
 const ServedModel& llama() {
-  static const ServedModel* const model = new ServedModel(toy_model());
+  static const ServedModel* const model = new ServedModel(fake_model(toy(kToyLlama31)));
   return *model;
 }
 
@@ -56,11 +39,11 @@ std::string line_with(const std::string& url, const std::string& body) {
   return absl::StrCat(R"({"custom_id":"r1","method":"POST","url":")", url, R"(","body":)", body, "}");
 }
 std::string chat_line(const std::string& fields) {
-  return line_with("/v1/chat/completions", absl::StrCat(R"({"model":"toy","messages":[{"role":"user","content":"Hi"}])",
+  return line_with("/v1/chat/completions", absl::StrCat(R"({"model":"fake","messages":[{"role":"user","content":"Hi"}])",
                                                         fields.empty() ? "" : ",", fields, "}"));
 }
 std::string completion_line(const std::string& fields) {
-  return line_with("/v1/completions", absl::StrCat(R"({"model":"toy",)", fields, "}"));
+  return line_with("/v1/completions", absl::StrCat(R"({"model":"fake",)", fields, "}"));
 }
 
 constexpr float kLogprob = -0.1f;
@@ -124,7 +107,7 @@ TEST(BatchLine, AnswersAChatAsOpenAiDoes) {
       line.answer(),
       R"({"id":"batch_req_0dfe404d091fee05481a50ed1e777fc5","custom_id":"r1","response":{"status_code":200,)"
       R"("request_id":"7cd7850ef4bb653e1d0af3d878d54d14","body":{"id":"chatcmpl-79fef411aa202e087913d9159db7f94f",)"
-      R"("object":"chat.completion","created":1700000000,"model":"toy","system_fingerprint":"n1","choices":[{"index":0,)"
+      R"("object":"chat.completion","created":1700000000,"model":"fake","system_fingerprint":"n1","choices":[{"index":0,)"
       R"("message":{"role":"assistant","content":"Hi","refusal":null},"logprobs":null,"finish_reason":"stop"}],)"
       R"("usage":{"prompt_tokens":99,"completion_tokens":3,"total_tokens":102}}},"error":null})");
 }
