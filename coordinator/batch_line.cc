@@ -18,8 +18,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
-
 // ASCII only: programs that take U+2028 for the end of a line find none.
 std::string print(const Json& value) {
   return value.dump(-1, ' ', /*ensure_ascii=*/true, Json::error_handler_t::replace);
@@ -31,16 +29,17 @@ std::optional<std::string> text_in(const Json& object, const char* key) {
   return found->get<std::string>();
 }
 
+// Errors name the line by its number: without an id there is nothing else to find it by.
 absl::StatusOr<Json> read_line(std::string_view text, int64_t number) {
-  if (number == 1) consume_prefix(text, kByteOrderMark);
+  const std::string name = cat("line ", number);
   consume_suffix(text, "\r");
   if (text.size() > kMaxBatchLineBytes) {
     return absl::InvalidArgumentError(
-        cat("the line has ", text.size(), " bytes; at most ", kMaxBatchLineBytes >> 20, " MiB: split it"));
+        cat(name, " has ", text.size(), " bytes; at most ", kMaxBatchLineBytes >> 20, " MiB: split it"));
   }
-  if (!is_valid_utf8(text)) return absl::InvalidArgumentError("the line is not valid UTF-8");
-  absl::StatusOr<Json> line = read_ordered_json(text, "the line");
-  if (line.ok() && !line->is_object()) return absl::InvalidArgumentError("the line is not a JSON object");
+  if (!is_valid_utf8(text)) return absl::InvalidArgumentError(cat(name, " is not valid UTF-8"));
+  absl::StatusOr<Json> line = read_ordered_json(text, name);
+  if (line.ok() && !line->is_object()) return absl::InvalidArgumentError(cat(name, " is not a JSON object"));
   return line;
 }
 
@@ -66,7 +65,9 @@ BatchLine BatchLine::read(std::string_view text, int64_t number, const BatchFact
 }
 
 absl::Status BatchLine::accept(const Json& line) {
-  if (!custom_id_.has_value()) return bad_request({{"custom_id", "must be there, and a text"}});
+  if (!custom_id_.has_value()) {
+    return bad_request({{"custom_id", cat("of line ", number_, " must be there, and a text")}});
+  }
   if (text_in(line, "method") != "POST") return bad_request({{"method", "must be \"POST\""}});
   const absl::StatusOr<OpenAiEndpoint> endpoint = endpoint_of(line);
   if (!endpoint.ok()) return endpoint.status();
@@ -126,17 +127,15 @@ void BatchLine::fail(const absl::Status& status, std::string_view code) {
   if (failed()) return;
   OpenAiError error = openai_error_of(status);
   if (!code.empty()) error.code = std::string(code);
-  const std::string_view message(status.message().data(), status.message().size());
-  // Without an id, the number is all there is to find the line by.
-  const std::string told = custom_id_.has_value() ? std::string(message) : cat("line ", number_, ": ", message);
+  const std::string message(status.message());
   requests_.clear();
   if (error.http_status >= 500) {
-    error_ = line_of(nullptr, {{"code", error.code}, {"message", told}});
+    error_ = line_of(nullptr, {{"code", error.code}, {"message", message}});
     return;
   }
   const std::vector<FieldViolation> violations = violations_of(status);
   const Json body = {{"error",
-                      {{"message", told},
+                      {{"message", message},
                        {"type", error.type},
                        {"param", violations.empty() ? Json() : Json(violations[0].field)},
                        {"code", error.code}}}};

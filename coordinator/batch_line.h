@@ -7,7 +7,8 @@
 // {"id":"batch_req_...","custom_id":"r1","response":{"status_code":200,"request_id":"...","body":{...}},"error":null}
 // Errors are told as OpenAI tells them. What the line itself brought about is an HTTP answer of another status_code,
 // {"error":{"message","type","param","code"}} its body and "error" null; what happened to a good line (an engine crash)
-// has "response" null and "error":{"code","message"}. custom_id is null where the line has no readable one.
+// has "response" null and "error":{"code","message"}. custom_id is null where the line has no readable one; the message
+// then says the line's number.
 //
 // Invariant: the answer is a function of the line, its number, the job's facts and the model's tokens: a line that is
 // run again, by another server or beside other lines, is answered with the same bytes, all of them ASCII.
@@ -27,7 +28,7 @@
 
 namespace octet {
 
-// Without the line's end.
+// Of a line without its end.
 constexpr size_t kMaxBatchLineBytes = size_t{16} << 20;
 
 // What all lines of a job share. Constant over the job's life, restarts included.
@@ -43,8 +44,9 @@ struct BatchFacts {
 // One thread at a time.
 class BatchLine {
  public:
-  // Never fails: a line that cannot be run has failed() and no requests(). `text` is the line without its end (a \r
-  // there is not minded), `number` its place in the file from 1 on. Takes a while: it tokenises.
+  // Never fails: a line that cannot be run has failed() and no requests(). `text` is the line without its \n, `number`
+  // its place in the file from 1 on; a \r after it and a byte order mark before it are not minded. A key twice in one
+  // object is an error: nobody can tell which one was meant. Takes a while: it tokenises.
   // REQUIRES: `facts` and `model` outlive the line.
   static BatchLine read(std::string_view text, int64_t number, const BatchFacts& facts, const ServedModel& model);
 

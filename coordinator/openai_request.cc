@@ -81,7 +81,7 @@ class Fields {
     return value == nullptr ? std::nullopt : std::optional<float>(value->get<float>());
   }
   std::optional<int32_t> whole(std::string_view field) const {
-    const Json* value = find_as(field, "a whole number", is_int32);
+    const Json* value = find_as(field, kInt32, is_int32);
     return value == nullptr ? std::nullopt : std::optional<int32_t>(*whole_number_in(*value));
   }
   const Json* list(std::string_view field) const {
@@ -98,7 +98,7 @@ class Fields {
     }
   }
   void wholes(std::string_view field, const std::function<void(int32_t)>& take) const {
-    if (const Json* items = list_of(field, "a whole number", is_int32)) {
+    if (const Json* items = list_of(field, kInt32, is_int32)) {
       for (const Json& item : *items) take(static_cast<int32_t>(*whole_number_in(item)));
     }
   }
@@ -119,6 +119,8 @@ class Fields {
   }
 
  private:
+  static constexpr char kInt32[] = "a whole number of 32 bits";
+
   const Json* find_as(std::string_view field, std::string_view expected, bool (*fits)(const Json&)) const {
     const Json* value = find(field);
     if (value == nullptr || fits(*value)) return value;
@@ -208,7 +210,7 @@ std::optional<uint64_t> read_seed(const Fields& body) {
   if (value == nullptr) return std::nullopt;
   if (value->is_number_unsigned()) return value->get<uint64_t>();
   const std::optional<int64_t> seed = whole_number_in(*value);
-  if (!seed.has_value()) body.expect("seed", "a whole number", *value);
+  if (!seed.has_value()) body.expect("seed", "a whole number of 64 bits", *value);
   return static_cast<uint64_t>(seed.value_or(0));
 }
 
