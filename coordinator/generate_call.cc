@@ -177,7 +177,8 @@ void EngineCall::admit() {
   admitting_ = false;
   if (deferred_finish_.has_value()) return finish(*deferred_finish_);
   if (!accepted.ok()) return finish(accepted.status());
-  outputs_.emplace(*accepted, serving.model->tokenizer);
+  model_ = serving.model;
+  outputs_.emplace(*accepted, model_->tokenizer);
   absl::StatusOr<RequestId> id = serving.engine->submit(std::move(accepted->request), shared_from_this());
   if (absl::IsResourceExhausted(id.status())) {
     return finish(with_reason(with_retry_hint(id.status(), room_->retry_hint(serving.engine->stats())), "QUEUE_FULL"));
@@ -344,7 +345,24 @@ void ChatCall::progress() {
     if (message_.has_stop_string()) output->set_stop_string(message_.stop_string());
     if (message_.has_usage()) *response_->mutable_usage() = message_.usage();
   }
-  if (outputs().ended()) finish(absl::OkStatus());
+  if (!outputs().ended()) return;
+  if (request_.chat().tools_json_size() > 0) {
+    for (v1::ChatOutput& output : *response_->mutable_outputs()) find_tool_calls(&output);
+  }
+  finish(absl::OkStatus());
+}
+
+// An answer is its text or its calls.
+void ChatCall::find_tool_calls(v1::ChatOutput* output) const {
+  v1::ChatMessage* message = output->mutable_message();
+  const std::optional<int32_t> first_token =
+      output->tokens().empty() ? std::nullopt : std::optional<int32_t>(output->tokens(0).token_id());
+  for (ChatToolCall& call : model().chat->parse_reply(message->content(), first_token)) {
+    v1::ToolCall* to = message->add_tool_calls();
+    to->set_name(std::move(call.name));
+    to->set_arguments_json(std::move(call.arguments));
+  }
+  if (message->tool_calls_size() > 0) message->clear_content();
 }
 
 }  // namespace octet

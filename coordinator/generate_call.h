@@ -98,6 +98,8 @@ class EngineCall : public RequestSink, public std::enable_shared_from_this<Engin
 
   GenerateOutputs& outputs() { return *outputs_; }
   const GenerateOutputs& outputs() const { return *outputs_; }
+  // REQUIRES: admission, as outputs().
+  const ServedModel& model() const { return *model_; }
   // The reactor's end; a status that is not OK cancels what the engine still does. The first counts.
   void finish(const absl::Status& status);
   // For a reactor that ends together with its last write. False when it has ended before.
@@ -129,8 +131,9 @@ class EngineCall : public RequestSink, public std::enable_shared_from_this<Engin
 
   Engine* engine_ = nullptr;  // with engine_id_: what to cancel
   RequestId engine_id_ = 0;
-  std::optional<GenerateOutputs> outputs_;  // from admission on
-  std::vector<TokenEvent> taken_;           // swapped with inbox_, so that both keep their memory
+  std::shared_ptr<const ServedModel> model_;  // from admission on
+  std::optional<GenerateOutputs> outputs_;    // the same
+  std::vector<TokenEvent> taken_;             // swapped with inbox_, so that both keep their memory
   bool admitting_ = true;
   std::optional<absl::Status> deferred_finish_;
   bool finished_ = false;
@@ -171,6 +174,7 @@ class ChatCall final : public grpc::ServerUnaryReactor, public EngineCall {
  private:
   const v1::GenerateRequest& request() const override { return request_; }
   void progress() override;
+  void find_tool_calls(v1::ChatOutput* output) const;
   void finish_reactor(const grpc::Status& status) override { Finish(status); }
 
   const v1::GenerateRequest request_;

@@ -36,6 +36,17 @@ absl::Status bad_request(const std::vector<FieldViolation>& violations) {
   return status;
 }
 
+std::vector<FieldViolation> violations_of(const absl::Status& status) {
+  std::vector<FieldViolation> violations;
+  google::rpc::BadRequest details;
+  const absl::optional<absl::Cord> payload = status.GetPayload(kBadRequestUrl);
+  if (!payload.has_value() || !details.ParseFromString(std::string(*payload))) return violations;
+  for (const auto& violation : details.field_violations()) {
+    violations.push_back({violation.field(), violation.description()});
+  }
+  return violations;
+}
+
 absl::Status with_reason(absl::Status status, absl::string_view reason) {
   google::rpc::ErrorInfo info;
   info.set_reason(std::string(reason));

@@ -22,6 +22,9 @@ struct FieldViolation {
 // empty.
 absl::Status bad_request(const std::vector<FieldViolation>& violations);
 
+// What bad_request() was given, as far as it is told; nothing for any other status.
+std::vector<FieldViolation> violations_of(const absl::Status& status);
+
 // The status with a reason for programs, UPPER_SNAKE_CASE, where its code alone does not tell: "MODEL_LOADING".
 absl::Status with_reason(absl::Status status, absl::string_view reason);
 

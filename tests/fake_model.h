@@ -101,14 +101,15 @@ inline WorkerLimits fake_limits() {
       .slots = 64, .blocks = 4096, .block_tokens = 16, .max_step_tokens = 512, .max_context = 4096, .vocab_size = 263};
 }
 
-inline ServedModel fake_model() {
-  Tokenizer tokenizer = fake_tokenizer();
+inline ServedModel fake_model(const Tokenizer& tokenizer = fake_tokenizer()) {
   absl::StatusOr<ChatFormat> chat = ChatFormat::detect(tokenizer);
+  WorkerLimits limits = fake_limits();
+  limits.vocab_size = tokenizer.vocab_size();
   return {.name = "fake",
           .architecture = "LlamaForCausalLM",
           .quant_method = "none",
           .parameters = 1234,
-          .limits = fake_limits(),
+          .limits = limits,
           .tokenizer = tokenizer,
           .chat = std::move(chat),
           .generation_config = {},

@@ -17,6 +17,7 @@
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "tests/service_house.h"
+#include "tests/toy_chat.h"
 
 namespace octet {
 namespace {
@@ -154,6 +155,42 @@ TEST(Chat, AnswersAllAtOnce) {
   }
   EXPECT_EQ(response.usage().completion_tokens(), tokens);
   service.expect_quiet();
+}
+
+TEST(Chat, ToldOfToolsFindsTheCallsThatAnAnswerIsMadeOf) {
+  const Tokenizer tokenizer = toy(kToyLlama31);
+  Service service({}, "", fake_model(tokenizer));
+  const auto answer = [&](const std::string& text, bool python_tag, bool tools) {
+    std::vector<int32_t> script = tokenizer.encode(text, false);
+    if (python_tag) script.insert(script.begin(), *tokenizer.special_id("<|python_tag|>"));
+    script.push_back(*tokenizer.special_id("<|eot_id|>"));
+    service.group.set_script(script);
+    v1::ChatRequest request;
+    request.mutable_chat()->add_messages()->set_role("user");
+    request.mutable_chat()->mutable_messages(0)->set_content("Weather?");
+    if (tools) request.mutable_chat()->add_tools_json(R"({"name":"weather"})");
+    grpc::ClientContext context;
+    v1::ChatResponse response;
+    const grpc::Status status = service.inference->Chat(&context, request, &response);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+    EXPECT_EQ(response.outputs(0).finish_reason(), v1::FINISH_REASON_STOP);
+    return response.outputs(0).message();
+  };
+  const std::string call = R"({"name": "weather", "parameters": {"city": "Bonn"}})";
+  const v1::ChatMessage called = answer(call, false, true);
+  EXPECT_FALSE(called.has_content());
+  ASSERT_EQ(called.tool_calls_size(), 1);
+  EXPECT_EQ(called.tool_calls(0).name(), "weather");
+  EXPECT_EQ(called.tool_calls(0).arguments_json(), R"({"city":"Bonn"})");
+
+  const v1::ChatMessage coded = answer("print(1)", true, true);
+  ASSERT_EQ(coded.tool_calls_size(), 1);
+  EXPECT_EQ(coded.tool_calls(0).name(), "code_interpreter");
+
+  for (const v1::ChatMessage& said : {answer(call, false, false), answer("{it rains}", false, true)}) {
+    EXPECT_TRUE(said.has_content());
+    EXPECT_EQ(said.tool_calls_size(), 0);
+  }
 }
 
 TEST(Chat, RefusesAsGenerateDoesAndCancels) {

@@ -11,6 +11,7 @@
 #include "coordinator/text/cat.h"
 #include "coordinator/text/chat_json.h"
 #include "coordinator/text/chat_template.h"
+#include "coordinator/text/tool_calls.h"
 #include "coordinator/text/utf8.h"
 
 namespace octet {
@@ -326,9 +327,11 @@ absl::Status ChatFormat::find_llama_tokens(const Tokenizer& tokenizer) {
       {{"<|start_header_id|>", &turn_start_}, {"<|end_header_id|>", &header_end_}, {"<|eot_id|>", &turn_end_}});
   if (!status.ok()) return status;
   stop_token_ids_ = {turn_end_};
+  // Models answer with it whether their template knows the built-in tools or not.
+  python_tag_ = tokenizer.special_id("<|python_tag|>").value_or(-1);
   // Llama 3.0's names for these ids are other ones: then the built-in tools are refused, and the rest works.
   if (builtin_tools_) {
-    builtin_tools_ = find_tokens(tokenizer, {{"<|eom_id|>", &message_end_}, {"<|python_tag|>", &python_tag_}}).ok();
+    builtin_tools_ = python_tag_ >= 0 && find_tokens(tokenizer, {{"<|eom_id|>", &message_end_}}).ok();
   }
   for (const char* name : {"<|eom_id|>", "<|end_of_text|>"}) {
     if (const std::optional<int32_t> id = tokenizer.special_id(name)) stop_token_ids_.push_back(*id);
@@ -534,6 +537,11 @@ void ChatFormat::render_chatml(const ChatRequest& request, Prompt& prompt) const
     prompt.special(turn_start_);
     prompt.text("assistant\n");
   }
+}
+
+std::vector<ChatToolCall> ChatFormat::parse_reply(std::string_view reply, std::optional<int32_t> first_token) const {
+  if (kind_ != Kind::kLlama31) return {};
+  return parse_tool_calls(reply, /*python_tag=*/first_token.has_value() && *first_token == python_tag_);
 }
 
 }  // namespace octet

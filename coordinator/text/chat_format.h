@@ -49,6 +49,10 @@ class ChatFormat {
   // INVALID_ARGUMENT, naming the message, for what the format has no place for.
   absl::StatusOr<std::vector<int32_t>> render(const Tokenizer& tokenizer, const ChatRequest& request) const;
 
+  // The tool calls that an answer to a request with tools is made of; none when it is plain text, as it always is in
+  // formats without tools. `first_token` is the answer's first one: the text has no special tokens.
+  std::vector<ChatToolCall> parse_reply(std::string_view reply, std::optional<int32_t> first_token) const;
+
   std::string_view name() const;  // "llama3", "llama3.1" or "chatml"
   // Ids that end an assistant's turn, beside the checkpoint's eos tokens.
   const std::vector<int32_t>& stop_token_ids() const { return stop_token_ids_; }
@@ -83,7 +87,7 @@ class ChatFormat {
   int32_t header_end_ = -1;                    // <|end_header_id|>
   int32_t turn_end_ = -1;                      // <|eot_id|>, <|im_end|>
   int32_t message_end_ = -1;                   // <|eom_id|>; only with builtin_tools_
-  int32_t python_tag_ = -1;                    // <|python_tag|>; only with builtin_tools_
+  int32_t python_tag_ = -1;                    // <|python_tag|>; always with builtin_tools_
   std::vector<int32_t> stop_token_ids_;
 };
 

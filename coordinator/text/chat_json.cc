@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_format.h"
 #include "coordinator/text/cat.h"
+#include "coordinator/text/ordered_json.h"
 #include "coordinator/text/tokenizer_json.h"
 #include "coordinator/text/utf8.h"
 #include "nlohmann/json.hpp"
@@ -119,6 +120,12 @@ class PythonWriter : public json::json_sax_t {
   bool after_key_ = false;
 };
 
+absl::StatusOr<nlohmann::ordered_json> read_json_object(std::string_view json_text, std::string_view name) {
+  absl::StatusOr<nlohmann::ordered_json> value = read_ordered_json(json_text, name);
+  if (value.ok() && !value->is_object()) return absl::InvalidArgumentError(cat(name, ": a JSON object is needed"));
+  return value;
+}
+
 }  // namespace
 
 std::string json_string_as_python(std::string_view text) {
@@ -167,17 +174,15 @@ absl::StatusOr<std::string> json_as_python(std::string_view json_text, int inden
 }
 
 absl::Status check_json_object(std::string_view json_text, std::string_view name) {
-  const absl::StatusOr<json> value = read_small_json(json_text, name);
-  if (!value.ok()) return value.status();
-  return value->is_object() ? absl::OkStatus() : absl::InvalidArgumentError(cat(name, ": a JSON object is needed"));
+  return read_json_object(json_text, name).status();
 }
 
 absl::StatusOr<std::vector<std::pair<std::string, std::string>>> json_string_members(std::string_view json_text,
                                                                                      std::string_view name) {
-  if (const absl::Status status = check_json_object(json_text, name); !status.ok()) return status;
-  const nlohmann::ordered_json object = nlohmann::ordered_json::parse(json_text);
+  const absl::StatusOr<nlohmann::ordered_json> object = read_json_object(json_text, name);
+  if (!object.ok()) return object.status();
   std::vector<std::pair<std::string, std::string>> members;
-  for (const auto& [key, value] : object.items()) {
+  for (const auto& [key, value] : object->items()) {
     if (!value.is_string()) return absl::InvalidArgumentError(cat(name, ": '", key, "' must be a string"));
     members.emplace_back(key, value.get<std::string>());
   }
