@@ -33,9 +33,8 @@ std::optional<std::string> text_in(const Json& object, const char* key) {
 absl::StatusOr<Json> read_line(std::string_view text, int64_t number) {
   const std::string name = cat("line ", number);
   consume_suffix(text, "\r");
-  if (text.size() > kMaxBatchLineBytes) {
-    return absl::InvalidArgumentError(
-        cat(name, " has ", text.size(), " bytes; at most ", kMaxBatchLineBytes >> 20, " MiB: split it"));
+  if (static_cast<int64_t>(text.size()) > kMaxBatchLineBytes) {
+    return absl::InvalidArgumentError(cat(name, " has more than ", kMaxBatchLineBytes >> 20, " MiB: split it"));
   }
   if (!is_valid_utf8(text)) return absl::InvalidArgumentError(cat(name, " is not valid UTF-8"));
   absl::StatusOr<Json> line = read_ordered_json(text, name);

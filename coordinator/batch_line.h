@@ -21,15 +21,13 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "coordinator/batch/batch_input.h"
 #include "coordinator/generate_request.h"
 #include "coordinator/openai_answer.h"
 #include "coordinator/openai_request.h"
 #include "coordinator/served_model.h"
 
 namespace octet {
-
-// Of a line without its end.
-constexpr size_t kMaxBatchLineBytes = size_t{16} << 20;
 
 // What all lines of a job share. Constant over the job's life, restarts included.
 struct BatchFacts {

@@ -1,6 +1,7 @@
 // octet: one binary, many commands. Only `serve` touches MPI.
 #include <CLI/CLI.hpp>
 
+#include "launch/batch.h"
 #include "launch/bench.h"
 #include "launch/convert.h"
 #include "launch/generate.h"
@@ -23,6 +24,7 @@ int main(int argc, char** argv) {
       "  octet generate --address 127.0.0.1:50051 --chat \"Hi!\"     an answer, as it is made");
   int exit_code = 0;
   octet::add_serve_command(app, &exit_code);
+  octet::add_batch_command(app, &exit_code);
   octet::GenerateOptions generate;
   octet::add_generate_command(app, &generate)->callback([&] { exit_code = octet::run_generate(generate); });
   octet::add_convert_command(app, &exit_code);

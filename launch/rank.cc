@@ -45,10 +45,13 @@ class Rank {
   int run() {
     // Each phase ends with agree(): what fails on one rank fails on all, before anyone waits for it.
     for (auto phase : {&Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::load, &Rank::open_plan_streams}) {
-      const absl::Status status = bootstrap_.agree((this->*phase)());
-      if (status.ok()) continue;
-      if (leads()) log_line(LogLevel::kError, std::string(status.message()));  // the same on every rank: one says it
-      return options_.refused;
+      if (const absl::Status status = bootstrap_.agree((this->*phase)()); !status.ok()) {
+        if (leads()) log_line(LogLevel::kError, std::string(status.message()));  // the same on every rank: one says it
+        return absl::IsUnavailable(status) ? options_.lost : options_.refused;
+      }
+      if (phase != &Rank::prepare) continue;
+      const std::string exit_status = bootstrap_.broadcast(exit_status_ ? absl::StrCat(*exit_status_) : "");
+      if (!exit_status.empty()) return std::atoi(exit_status.c_str());
     }
     const std::string local_address = bootstrap_.broadcast(leads() ? group_->local_address() : "");
     const std::string remote_address = bootstrap_.broadcast(leads() ? group_->remote_address() : "");
@@ -146,9 +149,12 @@ class Rank {
                   .device = "cpu",
                   .isa = name_of(options_.runtime.isa)},
         .plan = *plan_,
+        .config = checkpoint_->config(),
         .checkpoint_digest = checkpoint_->digest(),
         .drain = &*drain_};
-    return leader_->prepare(job_);
+    absl::StatusOr<std::optional<int>> exit_status = leader_->prepare(job_);
+    if (exit_status.ok()) exit_status_ = *exit_status;
+    return exit_status.status();
   }
 
   absl::Status load() {
@@ -241,6 +247,7 @@ class Rank {
   int threads_ = 1;
   // Rank 0 only.
   std::shared_ptr<ServedModel> model_;
+  std::optional<int> exit_status_;  // set when there is nothing to lead
   std::optional<Drain> drain_;
   Job job_;
   std::unique_ptr<RpcWorkerGroup> group_;

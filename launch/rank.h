@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include <CLI/CLI.hpp>
@@ -16,6 +17,7 @@
 #include "launch/log.h"
 #include "launch/options.h"
 #include "worker/memory_plan.h"
+#include "worker/model/model_config.h"
 
 namespace octet {
 
@@ -23,7 +25,8 @@ struct RankOptions {
   RuntimeOptions runtime;
   std::string pretend_nodes;
   LogFormat log_format = LogFormat::kText;
-  // Exit status of a job that cannot start as it was asked for, and of one whose ranks are lost on the way.
+  // Exit status of a job that cannot start as it was asked for, and of one that another try may bring further: ranks
+  // were lost on the way.
   int refused = 1, lost = 1;
 };
 
@@ -34,6 +37,7 @@ struct Job {
   std::shared_ptr<const ServedModel> model;
   ServerFacts facts;
   MemoryPlan plan;
+  ModelConfig config;
   uint64_t checkpoint_digest = 0;
   Drain* drain = nullptr;
 };
@@ -43,8 +47,9 @@ class Leader {
  public:
   virtual ~Leader() = default;
 
-  // The model is known and fits, but its weights are not loaded yet: the time to find out that a port is taken.
-  virtual absl::Status prepare(const Job& job) = 0;
+  // The model is known and fits, but its weights are not loaded yet: the time to find out that a port is taken. An exit
+  // status when there is nothing to lead. UNAVAILABLE: another try may help.
+  virtual absl::StatusOr<std::optional<int>> prepare(const Job& job) = 0;
 
   // The workers have run a step. Leads them until the job's order to drain or its end, then sends the stop plan; the
   // result is the exit status of every rank. A status that is not OK means that the workers are lost (an order with a

@@ -51,7 +51,7 @@ class Serving final : public Leader {
  public:
   explicit Serving(const ServeOptions& options) : options_(options) {}
 
-  absl::Status prepare(const Job& job) override {
+  absl::StatusOr<std::optional<int>> prepare(const Job& job) override {
     if (absl::Status status = listen_for_metrics(job); !status.ok()) return status;  // first: calls are counted there
     ServerOptions server_options = options_.server;
     server_options.streams.stall = absl::Seconds(options_.stall_seconds);
@@ -63,7 +63,7 @@ class Serving final : public Leader {
     absl::StatusOr<std::unique_ptr<Server>> server = Server::start(server_options);
     if (!server.ok()) return server.status();
     server_ = *std::move(server);
-    return absl::OkStatus();
+    return std::nullopt;
   }
 
   absl::StatusOr<int> lead(const Job& job, WorkerGroup* workers) override {

@@ -82,20 +82,21 @@ std::string svg_steps(int top, const std::string& title, const std::vector<doubl
   return svg_frame(top, title, most, plain_number, ticks) + svg_curve(top, points, kSvgBlue);
 }
 
-std::string svg_histogram(int top, const std::string& title, const std::vector<double>& values) {
+std::string svg_histogram(int top, const std::string& title, const std::map<uint32_t, int64_t>& counts) {
   constexpr int kColumns = 50;
-  const double widest = svg_round_up(values.empty() ? 0.0 : *std::ranges::max_element(values));
-  std::vector<double> counts(kColumns, 0.0);
-  for (const double value : values) {
-    counts[std::min(static_cast<size_t>(value / widest * kColumns), size_t{kColumns} - 1)] += 1;
+  const double widest = svg_round_up(counts.empty() ? 0.0 : counts.rbegin()->first);
+  std::vector<double> columns(kColumns, 0.0);
+  for (const auto& [value, count] : counts) {
+    columns[std::min(static_cast<size_t>(value / widest * kColumns), size_t{kColumns} - 1)] +=
+        static_cast<double>(count);
   }
-  const double most = svg_round_up(*std::ranges::max_element(counts));
+  const double most = svg_round_up(*std::ranges::max_element(columns));
   std::vector<std::pair<double, std::string>> ticks;
   for (const double share : {0.0, 0.25, 0.5, 0.75, 1.0}) ticks.emplace_back(share, plain_number(share * widest));
   std::string svg = svg_frame(top, title, most, plain_number, ticks);
   constexpr double kColumnWidth = static_cast<double>(kPlotWidth) / kColumns;
   for (int i = 0; i < kColumns; ++i) {
-    const double height = counts[static_cast<size_t>(i)] / most * kPlotHeight;
+    const double height = columns[static_cast<size_t>(i)] / most * kPlotHeight;
     if (height == 0) continue;
     absl::StrAppendFormat(&svg, "<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' fill='%s'/>\n",
                           kPlotLeft + i * kColumnWidth, top + 14 + kPlotHeight - height, kColumnWidth - 1, height,

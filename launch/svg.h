@@ -1,7 +1,9 @@
 // Pictures of measurements: the pieces of an SVG document, one panel below the other. Texts are plain.
 #pragma once
 
+#include <cstdint>
 #include <functional>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,7 +34,7 @@ std::string svg_curve(int top, const std::vector<std::pair<double, double>>& poi
 // A whole panel of values that held for equal parts of `seconds`.
 std::string svg_steps(int top, const std::string& title, const std::vector<double>& values, double seconds);
 
-// A whole panel that counts values, which are not negative.
-std::string svg_histogram(int top, const std::string& title, const std::vector<double>& values);
+// A whole panel of how often values, which are not negative, were met.
+std::string svg_histogram(int top, const std::string& title, const std::map<uint32_t, int64_t>& counts);
 
 }  // namespace octet

@@ -86,7 +86,7 @@ TEST(BatchInput, HoldsNoMoreOfALongLineThanItMust) {
   const absl::StatusOr<BatchInput::Line> line = input.read(1);
   ASSERT_TRUE(line.ok());
   EXPECT_EQ(line->bytes, 64 << 20);
-  EXPECT_EQ(line->text.size(), static_cast<size_t>(kMaxBatchLineBytes));
+  EXPECT_EQ(line->text.size(), static_cast<size_t>(kMaxBatchLineBytes) + 1);
   EXPECT_EQ(input.read(2)->text, "b");
 }
 

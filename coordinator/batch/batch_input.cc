@@ -109,7 +109,7 @@ class BatchInput::Reader {
       const size_t end = rest.find('\n');
       const std::string_view part = rest.substr(0, end);
       line->bytes += static_cast<int64_t>(part.size());
-      line->text.append(part.substr(0, static_cast<size_t>(kMaxBatchLineBytes) - line->text.size()));
+      line->text.append(part.substr(0, static_cast<size_t>(kMaxBatchLineBytes) + 1 - line->text.size()));
       used_ += part.size();
       if (end == std::string_view::npos) continue;
       ++used_;

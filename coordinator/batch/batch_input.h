@@ -13,7 +13,7 @@
 
 namespace octet {
 
-// A longer line is known by its length only.
+// A longer line is refused, and only its beginning is ever held.
 constexpr int64_t kMaxBatchLineBytes = int64_t{16} << 20;
 
 struct InputIndex {
@@ -45,7 +45,7 @@ class BatchInput {
   struct Line {
     int64_t number = 0;  // of the physical line, from 1
     int64_t bytes = 0;   // of the line, without its end
-    std::string text;    // its first kMaxBatchLineBytes
+    std::string text;    // as much of it as shows that it is too long
   };
 
   static absl::StatusOr<BatchInput> open(const std::string& path, InputIndex index);

@@ -268,6 +268,7 @@ absl::Status BatchJob::write_output(const BatchProgress& progress, ordered_json*
     if (!answer.ok()) return answer.status();
     if (absl::Status status = output->append(answer->text); !status.ok()) return status;
     if (absl::Status status = output->append("\n"); !status.ok()) return status;
+    if (!answer->failed) ++answer_tokens_[answer->completion_tokens];
     if (progress) progress(i + 1, lines_);
   }
   if (absl::Status status = output->finish(); !status.ok()) return status;

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -61,6 +62,8 @@ class BatchJob {
   // Writes the output from the journal. REQUIRES: every line is answered and committed. May be killed anywhere and
   // called again by a later run. ABORTED when a later run has taken over.
   absl::Status finish(const BatchProgress& progress);
+  // How many lines have answers of how many tokens, errors left out. Known after finish().
+  const std::map<uint32_t, int64_t>& answer_tokens() const { return answer_tokens_; }
 
  private:
   BatchJob(Disk* disk, const BatchJobOptions& options);
@@ -80,6 +83,7 @@ class BatchJob {
   std::optional<BatchTotals> done_;
   std::optional<BatchInput> input_;
   std::unique_ptr<Journal> journal_;
+  std::map<uint32_t, int64_t> answer_tokens_;
 };
 
 // OUTPUT.octet.
