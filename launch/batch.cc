@@ -192,8 +192,13 @@ class Batching final : public Leader {
       if (absl::Status status = write_provenance(job); !status.ok()) return status;
       return exit_status_of(*batch_->done());
     }
-    log(absl::StrFormat("job %s: %d of %d lines are answered, run %d", batch_->id().substr(0, 12),
-                        batch_->journal().answers(), batch_->lines(), batch_->journal().epoch()));
+    const Journal& journal = batch_->journal();
+    std::string begin = absl::StrFormat("job %s: %d of %d lines are answered, run %d", batch_->id().substr(0, 12),
+                                        journal.answers(), batch_->lines(), journal.epoch());
+    if (const int64_t lost = journal.in_flight_last(); lost > 0) {
+      absl::StrAppend(&begin, "; ", lost, " lines were in flight when the one before ended");
+    }
+    log(begin);
     return std::nullopt;
   }
 

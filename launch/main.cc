@@ -9,6 +9,9 @@
 #include "launch/serve.h"
 #include "launch/version.h"
 
+// The exit status of a command line that cannot be understood, as shells have it.
+constexpr int kUsage = 2;
+
 int main(int argc, char** argv) {
   CLI::App app(
       "Octet serves Llama models, sharded over the ranks of mpirun or srun: the same answer bit for bit on any number "
@@ -30,6 +33,10 @@ int main(int argc, char** argv) {
   octet::add_convert_command(app, &exit_code);
   octet::add_inspect_command(app, &exit_code);
   octet::add_bench_command(app, &exit_code);
-  CLI11_PARSE(app, argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kUsage;  // 0: --help
+  }
   return exit_code;
 }

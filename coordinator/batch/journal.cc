@@ -238,6 +238,11 @@ std::vector<int> Journal::unjudged() const {
   return epochs;
 }
 
+int64_t Journal::in_flight_last() const {
+  const auto own = in_flight_.lower_bound(epoch_);
+  return own == in_flight_.begin() ? 0 : static_cast<int64_t>(std::prev(own)->second.size());
+}
+
 void Journal::judge(int epoch, bool counts, std::string_view cause) {
   counts_[epoch] = counts;
   add({.bytes = encode(options_.job_id,
