@@ -42,11 +42,17 @@ absl::StatusOr<Json> read_line(std::string_view text, int64_t number) {
   return line;
 }
 
+absl::Status wrong(const char* field, std::string_view expected, const Json& line) {
+  const auto found = line.find(field);
+  return bad_request(
+      {{field, cat("must be ", expected, ", found ", found == line.end() ? "none" : brief_json(*found))}});
+}
+
 absl::StatusOr<OpenAiEndpoint> endpoint_of(const Json& line) {
   const std::optional<std::string> url = text_in(line, "url");
   if (url == "/v1/chat/completions") return OpenAiEndpoint::kChatCompletions;
   if (url == "/v1/completions") return OpenAiEndpoint::kCompletions;
-  return bad_request({{"url", "must be \"/v1/chat/completions\" or \"/v1/completions\""}});
+  return wrong("url", "\"/v1/chat/completions\" or \"/v1/completions\"", line);
 }
 
 }  // namespace
@@ -67,10 +73,10 @@ absl::Status BatchLine::accept(const Json& line) {
   if (!custom_id_.has_value()) {
     return bad_request({{"custom_id", cat("of line ", number_, " must be there, and a text")}});
   }
-  if (text_in(line, "method") != "POST") return bad_request({{"method", "must be \"POST\""}});
+  if (text_in(line, "method") != "POST") return wrong("method", "\"POST\"", line);
   const absl::StatusOr<OpenAiEndpoint> endpoint = endpoint_of(line);
   if (!endpoint.ok()) return endpoint.status();
-  if (!line.contains("body")) return bad_request({{"body", "is missing"}});
+  if (!line.contains("body")) return wrong("body", "an object", line);
   absl::StatusOr<OpenAiRequest> request = read_openai_request(*endpoint, line["body"], facts_->defaults, *model_);
   if (!request.ok()) return request.status();
 

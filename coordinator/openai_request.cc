@@ -10,6 +10,7 @@
 #include "absl/strings/numbers.h"
 #include "coordinator/rpc_status.h"
 #include "coordinator/text/cat.h"
+#include "coordinator/text/ordered_json.h"
 #include "nlohmann/json.hpp"
 #include "octet/v1/inference_service.pb.h"
 
@@ -20,21 +21,6 @@ using Json = nlohmann::ordered_json;
 
 // OpenAI's default for completions that do not say.
 constexpr int32_t kCompletionTokens = 16;
-
-std::string print(const Json& value) {
-  return value.dump(-1, ' ', /*ensure_ascii=*/false, Json::error_handler_t::replace);
-}
-
-// A value for messages, short and on one line.
-std::string excerpt_of(const Json& value) {
-  if (value.is_object()) return "an object";
-  if (value.is_array()) return "a list";
-  constexpr size_t kMaxShown = 40;
-  if (value.is_string() && value.get_ref<const std::string&>().size() > kMaxShown) {
-    return cat("a text of ", value.get_ref<const std::string&>().size(), " bytes");
-  }
-  return print(value);
-}
 
 // 8 or 8.0.
 std::optional<int64_t> whole_number_in(const Json& value) {
@@ -58,7 +44,7 @@ class Fields {
     violations_->push_back({cat(path_, field), std::string(what)});
   }
   void expect(std::string_view field, std::string_view expected, const Json& found) const {
-    refuse(field, cat("must be ", expected, ", found ", excerpt_of(found)));
+    refuse(field, cat("must be ", expected, ", found ", brief_json(found)));
   }
 
   // Null when the field is absent, or null.
@@ -197,7 +183,8 @@ void refuse_unsupported(OpenAiEndpoint endpoint, const Fields& body) {
   for (const Unsupported& option : unsupported(endpoint)) {
     const Json* value = body.find(option.field);
     if (value == nullptr || *value == option.harmless) continue;
-    const std::string expected = option.harmless.is_null() ? "absent" : cat("absent or ", print(option.harmless));
+    const std::string expected =
+        option.harmless.is_null() ? "absent" : cat("absent or ", compact_json(option.harmless));
     body.refuse(option.field, cat("must be ", expected, ": ", option.why));
   }
 }
@@ -220,7 +207,7 @@ void read_logit_bias(const Fields& body, v1::SamplingParams* sampling) {
   for (const auto& [key, bias] : biases->items()) {
     int32_t token = 0;
     if (!absl::SimpleAtoi(key, &token)) {
-      return body.refuse("logit_bias", cat("must have token ids as its keys, found ", excerpt_of(key)));
+      return body.refuse("logit_bias", cat("must have token ids as its keys, found ", brief_json(key)));
     }
     if (!Fields::is_float(bias)) return body.expect(cat("logit_bias.", key), "a number", bias);
     (*sampling->mutable_logit_bias())[token] = bias.get<float>();
@@ -270,7 +257,7 @@ std::optional<std::string> read_content(const Fields& message) {
   std::optional<std::string> joined;
   message.objects("content", [&](const Fields& part) {
     const std::string type = part.text("type").value_or("");
-    if (type != "text") return part.refuse("type", cat("must be \"text\", found ", excerpt_of(type)));
+    if (type != "text") return part.refuse("type", cat("must be \"text\", found ", brief_json(type)));
     const std::optional<std::string> text = part.text("text");
     if (!text.has_value()) return part.refuse("text", "is missing");
     joined = joined.has_value() ? cat(*joined, "\n", *text) : *text;
@@ -306,12 +293,12 @@ bool read_tools(const Fields& body, const Json* tools, v1::ChatPrompt* chat) {
   }
   body.objects("tools", [&](const Fields& tool) {
     const std::string type = tool.text("type").value_or("");
-    if (type != "function") return tool.refuse("type", cat("must be \"function\", found ", excerpt_of(type)));
+    if (type != "function") return tool.refuse("type", cat("must be \"function\", found ", brief_json(type)));
     if (tool.object("function") == nullptr) return tool.refuse("function", "is missing");
   });
   if (tools == nullptr || !tools->is_array() || none) return false;
   for (const Json& tool : *tools) {
-    chat->add_tools_json(print(tool));
+    chat->add_tools_json(compact_json(tool));
   }
   return chat->tools_json_size() > 0;
 }
@@ -393,14 +380,14 @@ absl::Status check_model(const Fields& body, const ServedModel& model) {
   const std::optional<std::string> name = body.text("model");
   if (!name.has_value() || *name == model.name) return absl::OkStatus();
   return absl::NotFoundError(
-      cat("model ", excerpt_of(*name), " is not here: this is ", excerpt_of(model.name), " (or leave the field out)"));
+      cat("model ", brief_json(*name), " is not here: this is ", brief_json(model.name), " (or leave the field out)"));
 }
 
 }  // namespace
 
 absl::StatusOr<OpenAiRequest> read_openai_request(OpenAiEndpoint endpoint, const Json& json,
                                                   const SamplingDefaults& defaults, const ServedModel& model) {
-  if (!json.is_object()) return bad_request({{"body", cat("must be an object, found ", excerpt_of(json))}});
+  if (!json.is_object()) return bad_request({{"body", cat("must be an object, found ", brief_json(json))}});
   std::vector<FieldViolation> violations;
   const Fields body(json, "", &violations);
   if (absl::Status status = check_model(body, model); !status.ok()) return status;

@@ -92,4 +92,16 @@ absl::StatusOr<ordered_json> read_ordered_json(std::string_view text, std::strin
   return reader.take();
 }
 
+std::string compact_json(const ordered_json& value) {
+  return value.dump(-1, ' ', /*ensure_ascii=*/false, ordered_json::error_handler_t::replace);
+}
+
+std::string brief_json(const ordered_json& value) {
+  constexpr size_t kMaxBytes = 40;
+  if (value.is_object()) return "an object";
+  if (value.is_array()) return "a list";
+  const std::string text = compact_json(value);
+  return text.size() <= kMaxBytes ? text : cat("a text of ", text.size() - 2, " bytes");
+}
+
 }  // namespace octet

@@ -22,10 +22,6 @@ constexpr std::string_view kCodeInterpreter = "code_interpreter";
 // A reply from its front to its end. Whatever does not fit leaves by nullopt: then the reply is plain text.
 using Calls = std::optional<std::vector<ChatToolCall>>;
 
-std::string print(const ordered_json& value) {
-  return value.dump(-1, ' ', /*ensure_ascii=*/false, ordered_json::error_handler_t::replace);
-}
-
 void skip_space(std::string_view& text) {
   while (!text.empty() && absl::ascii_isspace(static_cast<unsigned char>(text.front()))) text.remove_prefix(1);
 }
@@ -73,7 +69,7 @@ std::optional<ChatToolCall> call_of(const ordered_json& object) {
   if (name == object.end() || !name->is_string() || *name == "") return std::nullopt;
   if (arguments == object.end() || !arguments->is_object()) return std::nullopt;
   if (object.value("type", ordered_json("function")) != "function") return std::nullopt;
-  return ChatToolCall{.name = name->get<std::string>(), .arguments = print(*arguments)};
+  return ChatToolCall{.name = name->get<std::string>(), .arguments = compact_json(*arguments)};
 }
 
 Calls parse_json_calls(std::string_view text) {
@@ -105,7 +101,7 @@ Calls parse_tagged_calls(std::string_view text) {
     if (!arguments.has_value()) return std::nullopt;
     skip_space(text);
     if (!consume_prefix(text, "</function>")) return std::nullopt;
-    calls.push_back({.name = name, .arguments = print(*arguments)});
+    calls.push_back({.name = name, .arguments = compact_json(*arguments)});
     skip_space(text);
   }
   if (!text.empty()) return std::nullopt;
@@ -147,7 +143,7 @@ class PythonReader {
       if (!argument.has_value()) return std::nullopt;
       arguments[key] = *std::move(argument);
     }
-    return ChatToolCall{.name = function, .arguments = print(arguments)};
+    return ChatToolCall{.name = function, .arguments = compact_json(arguments)};
   }
 
   bool at_end() {
@@ -260,7 +256,7 @@ Calls parse_tool_output(std::string_view text) {
   if (text.starts_with('{')) return parse_json_calls(text);
   if (Calls calls = parse_builtin_call(text); calls.has_value()) return calls;
   const ordered_json code = {{"code", text}};
-  return {{{.name = std::string(kCodeInterpreter), .arguments = print(code)}}};
+  return {{{.name = std::string(kCodeInterpreter), .arguments = compact_json(code)}}};
 }
 
 Calls parse_reply(std::string_view text) {
