@@ -13,7 +13,6 @@ namespace octet {
 namespace {
 
 constexpr int kTriesBeforeAlone = 2, kTriesBeforeClosed = 3;
-constexpr absl::Duration kDiskPause = absl::Seconds(1);
 // Tokens wait this long to be looked at; ends of outputs do not.
 constexpr absl::Duration kPoll = absl::Milliseconds(50);
 constexpr size_t kRecentLines = 256;
@@ -307,7 +306,7 @@ absl::Status BatchRunner::commit_if_due(bool now) {
 absl::Status BatchRunner::note_disk_failure(const absl::Status& status) {
   disk_failed_ = std::min(disk_failed_, absl::Now());
   if (absl::Now() - disk_failed_ >= options_.disk_patience) return status;
-  disk_retry_ = absl::Now() + std::min(kDiskPause, options_.disk_patience / 4);
+  disk_retry_ = absl::Now() + options_.disk_pause;
   commit_due_ = std::min(commit_due_, disk_retry_);
   return absl::OkStatus();
 }

@@ -30,8 +30,9 @@ struct BatchRunnerOptions {
   // Answers are on disk when there are so many, or when the first of them is so old.
   int64_t commit_answers = 256;
   absl::Duration commit_after = absl::Milliseconds(250);
-  absl::Duration disk_patience = absl::Seconds(60);  // a disk that fails gets this long before the run ends
-  absl::Time end = absl::InfiniteFuture();           // no line is started that would not be done by then
+  // A disk that fails is tried again after each pause, and the run ends when it still fails after all this patience.
+  absl::Duration disk_patience = absl::Seconds(60), disk_pause = absl::Seconds(1);
+  absl::Time end = absl::InfiniteFuture();  // no line is started that would not be done by then
 };
 
 // How far a job is.
