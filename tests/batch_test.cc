@@ -187,6 +187,66 @@ TEST(Batch, RefusesWhatCannotWorkWithASentence) {
   }
 }
 
+// What a line may look like, and what comes of it: the answer's status code and a part of its error's message.
+struct Line {
+  std::string text;
+  std::string custom_id;  // empty: null
+  int status_code = 200;
+  std::string message = {};
+};
+
+TEST(Batch, HasADefinedAnswerForEveryKindOfLine) {
+  const auto good = [](const std::string& id) {
+    return line_of(id, {{"prompt", "abc"}, {"max_tokens", 2}, {"a_field_that_nobody_knows", {1, 2}}}).dump();
+  };
+  json wrong_url = line_of("url", {{"prompt", "x"}}), no_id = line_of("", {{"prompt", "x"}});
+  wrong_url["url"] = "/v1/embeddings";
+  no_id.erase("custom_id");
+  json get = line_of("get", {{"prompt", "x"}});
+  get["method"] = "GET";
+  const std::vector<Line> lines = {
+      {"\xEF\xBB\xBF" + good("first"), "first"},
+      {good("crlf") + "\r", "crlf"},
+      {"{\"custom_id\": \"\xff\"}", "", 400, "not valid UTF-8"},
+      {std::string(64 << 20, 'x'), "", 400, "more than 16 MiB"},
+      {R"({"custom_id": "huge", "body": {"prompt": ")" + std::string(17 << 20, 'y') + "\"}}", "huge", 400,
+       "more than 16 MiB"},
+      {"{\"custom_id\": \"torn\", \"body\": {", "torn", 400, "not valid JSON"},
+      {"[1, 2]", "", 400, "not a JSON object"},
+      {std::string(100'000, '['), "", 400, "nested deeper"},
+      {wrong_url.dump(), "url", 400, "/v1/chat/completions"},
+      {get.dump(), "get", 400, "POST"},
+      {no_id.dump(), "", 400, "custom_id"},
+      {line_of("model", {{"prompt", "x"}, {"model", "another"}}).dump(), "model", 404, "another"},
+      {line_of("long", {{"prompt", std::string(100'000, 'y')}}).dump(), "long", 400, "context"},
+      {line_of("format", {{"prompt", "x"}, {"response_format", {{"type", "json_object"}}}}).dump(), "format", 400,
+       "response_format"},
+      {line_of("range", {{"prompt", "x"}, {"temperature", -1}}).dump(), "range", 400, "temperature"},
+      {line_of("type", {{"prompt", "x"}, {"max_tokens", "many"}}).dump(), "type", 400, "max_tokens"},
+      {good("last"), "last"},  // without a line's end
+  };
+  std::string text = "\n \t\n";  // blank lines are no lines
+  for (const Line& line : lines) absl::StrAppend(&text, line.text, &line == &lines.back() ? "" : "\n\n");
+  const std::string input = write_file("in.jsonl", text), output = fresh_path("o.jsonl");
+  const Finished done = run(2, batch(input, output));
+  ASSERT_EQ(done.status, kDoneWithErrors) << done.err;
+  std::ifstream file(output);
+  for (const Line& line : lines) {
+    std::string answer_text;
+    ASSERT_TRUE(std::getline(file, answer_text)) << line.custom_id;
+    const json answer = json::parse(answer_text, nullptr, /*allow_exceptions=*/false);
+    ASSERT_TRUE(answer.is_object()) << answer_text;
+    EXPECT_EQ(answer["custom_id"], line.custom_id.empty() ? json() : json(line.custom_id)) << answer_text;
+    EXPECT_EQ(answer["response"]["status_code"], line.status_code) << answer_text;
+    const json message = answer["response"]["body"].value("error", json::object()).value("message", "");
+    EXPECT_THAT(message.get<std::string>(), HasSubstr(line.message)) << answer_text;
+    const std::string said = message.get<std::string>();
+    std::printf("%-8s %d %s\n", line.custom_id.c_str(), line.status_code, said.c_str());
+  }
+  std::string more;
+  EXPECT_FALSE(std::getline(file, more)) << more;
+}
+
 TEST(Batch, DrainsWhenToldToAndGoesOnLater) {
   const std::string input = write_file("in.jsonl", mixed_lines(300)), output = fresh_path("o.jsonl");
   Process first(mpirun(2, batch(input, output, {"--drain-seconds", "0.2"})), mpirun_environment());
@@ -199,6 +259,16 @@ TEST(Batch, DrainsWhenToldToAndGoesOnLater) {
   const Finished second = run(2, batch(input, output));
   EXPECT_EQ(second.status, kDoneWithErrors) << second.err;
   EXPECT_EQ(read_file(output), uninterrupted(input, kDoneWithErrors));
+}
+
+TEST(Batch, DrainsInsideTheTimeThatADyingMpirunAllows) {
+  const std::string input = write_file("in.jsonl", mixed_lines(1200, 60)), output = fresh_path("o.jsonl");
+  Process first(mpirun(2, batch(input, output)), mpirun_environment());
+  ASSERT_TRUE(wait_for_file(output + ".octet/status.json", first, seconds(60)));
+  std::this_thread::sleep_for(milliseconds(300));
+  first.signal(SIGTERM);
+  first.wait(seconds(30));  // mpirun's own word is 1 or 143, however its ranks ended
+  EXPECT_EQ(json::parse(read_file(output + ".octet/status.json"))["state"], "stopped") << first.err();
 }
 
 // Lines are answered, in this run and earlier ones, and in flight when the one before ended, as the log says.
