@@ -110,8 +110,9 @@ absl::StatusOr<std::unique_ptr<ThreadWorkerGroup>> ThreadWorkerGroup::start(cons
                                                                             const ThreadGroupOptions& options) {
   const auto begin = std::chrono::steady_clock::now();
   auto impl = std::make_unique<Impl>();
+  const RankResources each{.memory_bytes = options.available_bytes, .threads = options.stream.threads};
   absl::StatusOr<MemoryPlan> plan =
-      plan_memory(checkpoint, options.memory, std::vector<int64_t>(options.ranks, options.available_bytes));
+      plan_memory(weight_formats(checkpoint), options.memory, std::vector<RankResources>(options.ranks, each));
   if (!plan.ok()) return plan.status();
   impl->plan = *std::move(plan);
 

@@ -21,19 +21,19 @@ struct InspectOptions {
 };
 
 absl::Status print_ranks(const Checkpoint& checkpoint, int ranks) {
-  std::printf("\n%-5s %-8s %12s %12s %13s %12s %12s %16s\n", "rank", "slices", "embedding", "attention", "feed forward",
-              "lm_head", "weights", "KV bytes/token");
+  const WeightFormats formats = weight_formats(checkpoint);
+  std::printf("\n%-5s %-8s %12s %12s %13s %12s %13s %12s %16s\n", "rank", "slices", "embedding", "attention",
+              "feed forward", "lm_head", "norms+scales", "weights", "KV bytes/token");
   for (int rank = 0; rank < ranks; ++rank) {
     const absl::StatusOr<ShardSpec> shard = ShardSpec::make(checkpoint.config(), rank, ranks);
     if (!shard.ok()) return shard.status();
-    const absl::StatusOr<WeightBytes> bytes = ModelWeights::plan(checkpoint, *shard);
-    if (!bytes.ok()) return bytes.status();
+    const WeightBytes bytes = ModelWeights::plan(formats, *shard);
     const SliceRun run = shard->run();
     const std::string slices = std::to_string(run.first) + ".." + std::to_string(run.first + run.count - 1);
-    std::printf("%-5d %-8s %12s %12s %13s %12s %12s %16lld\n", rank, slices.c_str(),
-                human_bytes(bytes->embedding).c_str(), human_bytes(bytes->attention + bytes->norms).c_str(),
-                human_bytes(bytes->feed_forward).c_str(), human_bytes(bytes->lm_head).c_str(),
-                human_bytes(bytes->total()).c_str(),
+    std::printf("%-5d %-8s %12s %12s %13s %12s %13s %12s %16lld\n", rank, slices.c_str(),
+                human_bytes(bytes.embedding).c_str(), human_bytes(bytes.attention).c_str(),
+                human_bytes(bytes.feed_forward).c_str(), human_bytes(bytes.lm_head).c_str(),
+                human_bytes(bytes.norms + bytes.scales).c_str(), human_bytes(bytes.total()).c_str(),
                 static_cast<long long>(KvCache::block_bytes(checkpoint.config(), *shard) / kKvBlockTokens));
   }
   return absl::OkStatus();

@@ -6,6 +6,7 @@
 #include "launch/convert.h"
 #include "launch/generate.h"
 #include "launch/inspect.h"
+#include "launch/plan.h"
 #include "launch/serve.h"
 #include "launch/version.h"
 
@@ -32,6 +33,7 @@ int main(int argc, char** argv) {
   octet::add_generate_command(app, &generate)->callback([&] { exit_code = octet::run_generate(generate); });
   octet::add_convert_command(app, &exit_code);
   octet::add_inspect_command(app, &exit_code);
+  octet::add_plan_command(app, &exit_code);
   octet::add_bench_command(app, &exit_code);
   try {
     app.parse(argc, argv);

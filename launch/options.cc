@@ -4,13 +4,32 @@
 
 namespace octet {
 
+void add_threads_option(CLI::App& command, std::optional<int>* threads) {
+  command.add_option("--threads", *threads, "Threads of each rank [its share of the available cores]")
+      ->check(CLI::Range(1, 1024));
+}
+
+void add_memory_options(CLI::App& command, MemoryOptions* options) {
+  command
+      .add_option("--kv-memory", options->kv_memory_bytes,
+                  "KV cache of each rank in bytes, or 512MiB, 20GiB [room for " + std::to_string(kDefaultContexts) +
+                      " whole contexts where memory allows]")
+      ->transform(CLI::AsSizeValue(false));
+  command.add_option("--max-context", options->max_context,
+                     "Longest sequence in tokens, prompt and answer [the model's, or what the cache holds]");
+  command.add_option("--max-sequences", options->max_sequences, "Sequences that run at once")->capture_default_str();
+  command
+      .add_option("--max-step-tokens", options->max_step_tokens,
+                  "Tokens of one step: more fill the kernels better, fewer keep the gap between streamed tokens short")
+      ->capture_default_str();
+}
+
 void add_runtime_options(CLI::App& command, RuntimeOptions* options) {
   command
       .add_option("--model", options->model,
                   "Checkpoint: a Hugging Face directory with safetensors (see octet inspect)")
       ->required();
-  command.add_option("--threads", options->threads, "Threads of each rank [its share of the available cores]")
-      ->check(CLI::Range(1, 1024));
+  add_threads_option(command, &options->threads);
   command
       .add_option_function<std::string>(
           "--isa",
@@ -32,19 +51,7 @@ void add_runtime_options(CLI::App& command, RuntimeOptions* options) {
           "fast "
           "on a CPU]")
       ->check(CLI::IsMember({"bf16", "fp8"}));
-  command
-      .add_option("--kv-memory", options->memory.kv_memory_bytes,
-                  "KV cache of each rank in bytes, or 512MiB, 20GiB [room for " + std::to_string(kDefaultContexts) +
-                      " whole contexts where memory allows]")
-      ->transform(CLI::AsSizeValue(false));
-  command.add_option("--max-context", options->memory.max_context,
-                     "Longest sequence in tokens, prompt and answer [the model's, or what the cache holds]");
-  command.add_option("--max-sequences", options->memory.max_sequences, "Sequences that run at once")
-      ->capture_default_str();
-  command
-      .add_option("--max-step-tokens", options->memory.max_step_tokens,
-                  "Tokens of one step: more fill the kernels better, fewer keep the gap between streamed tokens short")
-      ->capture_default_str();
+  add_memory_options(command, &options->memory);
 }
 
 }  // namespace octet

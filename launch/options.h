@@ -22,6 +22,9 @@ struct RuntimeOptions {
   MemoryOptions memory;
 };
 
+void add_threads_option(CLI::App& command, std::optional<int>* threads);
+void add_memory_options(CLI::App& command, MemoryOptions* options);
+// With the two above.
 void add_runtime_options(CLI::App& command, RuntimeOptions* options);
 
 }  // namespace octet

@@ -114,12 +114,16 @@ class Rank {
     shard_ = *shard;
     absl::StatusOr<int64_t> memory = bootstrap_.own_memory();
     if (!memory.ok()) return memory.status();
-    std::vector<int64_t> available;
-    for (uint64_t bytes : bootstrap_.all_gather(static_cast<uint64_t>(*memory)))
-      available.push_back(static_cast<int64_t>(bytes));
+    threads_ = options_.runtime.threads.value_or(bootstrap_.own_cores());
+    const std::vector<uint64_t> memories = bootstrap_.all_gather(static_cast<uint64_t>(*memory));
+    const std::vector<uint64_t> threads = bootstrap_.all_gather(static_cast<uint64_t>(threads_));
+    std::vector<RankResources> ranks;
+    for (size_t r = 0; r < memories.size(); ++r) {
+      ranks.push_back({.memory_bytes = static_cast<int64_t>(memories[r]), .threads = static_cast<int>(threads[r])});
+    }
     MemoryOptions options = options_.runtime.memory;
     options.window_bytes = 2 * kDefaultAreaBytes;
-    absl::StatusOr<MemoryPlan> plan = plan_memory(*checkpoint_, options, available);
+    absl::StatusOr<MemoryPlan> plan = plan_memory(weight_formats(*checkpoint_), options, ranks);
     if (!plan.ok()) return plan.status();
     plan_ = *std::move(plan);
     if (leads()) show_plan();
@@ -136,7 +140,6 @@ class Rank {
   }
 
   absl::Status prepare() {
-    threads_ = options_.runtime.threads.value_or(bootstrap_.own_cores());
     if (!leads()) return absl::OkStatus();
     drain_.emplace();
     model_->limits = plan_->limits;

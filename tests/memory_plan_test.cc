@@ -6,6 +6,7 @@
 #include "absl/strings/match.h"
 #include "coordinator/thread_worker_group.h"
 #include "tests/random_model.h"
+#include "worker/sampler.h"
 
 namespace octet {
 namespace {
@@ -16,7 +17,8 @@ class MemoryPlanTest : public testing::Test {
  protected:
   MemoryPlanTest() : checkpoint_(*Checkpoint::open(write_random_model({}))) {}
   absl::StatusOr<MemoryPlan> plan(const MemoryOptions& options, int ranks = 2, int64_t bytes = kGiB) {
-    return plan_memory(checkpoint_, options, std::vector<int64_t>(ranks, bytes));
+    return plan_memory(weight_formats(checkpoint_), options,
+                       std::vector<RankResources>(ranks, {.memory_bytes = bytes}));
   }
   Checkpoint checkpoint_;
 };
@@ -43,6 +45,13 @@ TEST_F(MemoryPlanTest, PlansTheBytesThatLoadingTakes) {
       EXPECT_EQ(static_cast<int64_t>((*group)->weights(rank).size()), (*group)->plan().ranks[rank].weights.total());
     }
   }
+}
+
+TEST_F(MemoryPlanTest, CountsASamplerForEachThread) {
+  const auto scratch = [&](int threads) {
+    return plan_memory(weight_formats(checkpoint_), {}, {{.memory_bytes = kGiB, .threads = threads}})->ranks[0].scratch;
+  };
+  EXPECT_EQ(scratch(3) - scratch(1), 2 * Sampler::bytes(checkpoint_.config().vocab_size));
 }
 
 TEST_F(MemoryPlanTest, ShortensTheContextToWhatTheCacheHolds) {

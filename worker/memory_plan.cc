@@ -8,12 +8,10 @@
 #include "absl/strings/str_format.h"
 #include "worker/kv_cache.h"
 #include "worker/model/transformer.h"
+#include "worker/sampler.h"
 
 namespace octet {
 namespace {
-
-// Left to the operating system, MPI and gRPC.
-constexpr double kUsableShare = 0.92;
 
 absl::Status check(const MemoryOptions& options, const ModelConfig& config) {
   if (options.max_sequences < 1) return absl::InvalidArgumentError("--max-sequences must be at least 1");
@@ -35,6 +33,19 @@ absl::Status check(const MemoryOptions& options, const ModelConfig& config) {
 
 }  // namespace
 
+absl::StatusOr<RankBytes> bytes_without_cache(const WeightFormats& formats, const MemoryOptions& options, int rank,
+                                              int ranks, int threads) {
+  const ModelConfig& config = formats.config;
+  const absl::StatusOr<ShardSpec> shard = ShardSpec::make(config, rank, ranks);
+  if (!shard.ok()) return shard.status();
+  const auto scratch = [&] {
+    return StepScratch::bytes(config, *shard, options.max_step_tokens) + threads * Sampler::bytes(config.vocab_size) +
+           options.window_bytes;
+  };
+  return RankBytes{.weights = ModelWeights::plan(formats, *shard),
+                   .scratch = options.reserve_bytes ? *options.reserve_bytes : scratch()};
+}
+
 std::string human_bytes(int64_t bytes) {
   const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
   double value = static_cast<double>(bytes);
@@ -43,39 +54,38 @@ std::string human_bytes(int64_t bytes) {
   return absl::StrFormat(unit == 0 ? "%.0f %s" : "%.2f %s", value, units[unit]);
 }
 
-absl::StatusOr<MemoryPlan> plan_memory(const Checkpoint& checkpoint, const MemoryOptions& options,
-                                       const std::vector<int64_t>& available_bytes) {
-  const ModelConfig& config = checkpoint.config();
+absl::StatusOr<MemoryPlan> plan_memory(const WeightFormats& formats, const MemoryOptions& options,
+                                       const std::vector<RankResources>& ranks) {
+  const ModelConfig& config = formats.config;
   if (absl::Status status = check(options, config); !status.ok()) return status;
 
   MemoryPlan plan;
-  plan.available_bytes = available_bytes;
+  plan.resources = ranks;
   std::vector<int64_t> block_bytes;
   int64_t blocks = std::numeric_limits<int32_t>::max();
   const int64_t context_wanted = options.max_context.value_or(config.max_position_embeddings);
   const int64_t context_blocks = (context_wanted + kKvBlockTokens - 1) / kKvBlockTokens;
-  for (int rank = 0; rank < static_cast<int>(available_bytes.size()); ++rank) {
-    absl::StatusOr<ShardSpec> shard = ShardSpec::make(config, rank, static_cast<int>(available_bytes.size()));
-    if (!shard.ok()) return shard.status();
-    absl::StatusOr<WeightBytes> weights = ModelWeights::plan(checkpoint, *shard);
-    if (!weights.ok()) return weights.status();
-    RankBytes bytes{.weights = *weights,
-                    .scratch = StepScratch::bytes(config, *shard, options.max_step_tokens) + options.window_bytes};
-    block_bytes.push_back(KvCache::block_bytes(config, *shard));
-    const int64_t usable = static_cast<int64_t>(kUsableShare * static_cast<double>(available_bytes[rank]));
+  for (int rank = 0; rank < static_cast<int>(ranks.size()); ++rank) {
+    const int size = static_cast<int>(ranks.size());
+    const absl::StatusOr<RankBytes> without_cache =
+        bytes_without_cache(formats, options, rank, size, ranks[rank].threads);
+    if (!without_cache.ok()) return without_cache.status();
+    const RankBytes& bytes = *without_cache;
+    block_bytes.push_back(KvCache::block_bytes(config, *ShardSpec::make(config, rank, size)));
+    const int64_t usable = static_cast<int64_t>(options.usable_share * static_cast<double>(ranks[rank].memory_bytes));
     const int64_t left = usable - bytes.total();
-    const int64_t kv_bytes =
-        options.kv_memory_bytes.value_or(std::min(left, kDefaultContexts * context_blocks * block_bytes.back()));
+    const int64_t kv_bytes = options.kv_memory_bytes.value_or(
+        std::min(left, options.default_contexts * context_blocks * block_bytes.back()));
     if (left < kv_bytes || kv_bytes < block_bytes.back()) {
       const int64_t least = bytes.total() + std::max(options.kv_memory_bytes.value_or(0), block_bytes.back());
-      return absl::ResourceExhaustedError(
-          absl::StrFormat("rank %d needs %s (weights %s, scratch %s, KV cache %s), and %s of its %s are usable: use "
-                          "more ranks (up to %d) or "
-                          "nodes, %sor give each rank at least %s",
-                          rank, human_bytes(least), human_bytes(bytes.weights.total()), human_bytes(bytes.scratch),
-                          human_bytes(least - bytes.total()), human_bytes(usable), human_bytes(available_bytes[rank]),
-                          config.num_key_value_heads, left > block_bytes.back() ? "lower --kv-memory, " : "",
-                          human_bytes(static_cast<int64_t>(static_cast<double>(least) / kUsableShare))));
+      return absl::ResourceExhaustedError(absl::StrFormat(
+          "rank %d needs %s (weights %s, scratch %s, KV cache %s), and %s of its %s are usable: use "
+          "more ranks (up to %d) or "
+          "nodes, %sor give each rank at least %s",
+          rank, human_bytes(least), human_bytes(bytes.weights.total()), human_bytes(bytes.scratch),
+          human_bytes(least - bytes.total()), human_bytes(usable), human_bytes(ranks[rank].memory_bytes),
+          config.num_key_value_heads, left > block_bytes.back() ? "lower --kv-memory, " : "",
+          human_bytes(static_cast<int64_t>(static_cast<double>(least) / options.usable_share))));
     }
     blocks = std::min(blocks, kv_bytes / block_bytes.back());
     plan.ranks.push_back(bytes);
@@ -84,11 +94,13 @@ absl::StatusOr<MemoryPlan> plan_memory(const Checkpoint& checkpoint, const Memor
   plan.kv_block_bytes_max = *std::max_element(block_bytes.begin(), block_bytes.end());
 
   if (options.max_context && blocks < context_blocks) {
+    const std::string more =
+        options.kv_memory_bytes
+            ? absl::StrCat("raise --kv-memory to ", human_bytes(context_blocks * plan.kv_block_bytes_max), " per rank")
+            : absl::StrCat("use more ranks (up to ", config.num_key_value_heads, ") or nodes");
     return absl::ResourceExhaustedError(
-        absl::StrFormat("--max-context %d needs %d cache blocks of %d tokens, %d fit: lower it to %d or raise "
-                        "--kv-memory to %s per rank",
-                        context_wanted, context_blocks, kKvBlockTokens, blocks, blocks * kKvBlockTokens,
-                        human_bytes(context_blocks * plan.kv_block_bytes_max)));
+        absl::StrFormat("--max-context %d needs %d cache blocks of %d tokens, %d fit: lower it to %d or %s",
+                        context_wanted, context_blocks, kKvBlockTokens, blocks, blocks * kKvBlockTokens, more));
   }
   plan.limits = {.slots = options.max_sequences,
                  .blocks = static_cast<int32_t>(blocks),
@@ -100,14 +112,16 @@ absl::StatusOr<MemoryPlan> plan_memory(const Checkpoint& checkpoint, const Memor
 }
 
 std::string MemoryPlan::to_string() const {
-  std::string text = absl::StrFormat("%-6s %12s %12s %12s %12s %12s %12s %12s %12s\n", "rank", "embedding", "attention",
-                                     "feed forward", "lm_head", "scratch", "KV cache", "total", "available");
+  std::string text =
+      absl::StrFormat("%-6s %12s %12s %12s %12s %12s %12s %12s %12s %12s\n", "rank", "embedding", "attention",
+                      "feed forward", "lm_head", "norms+scales", "scratch", "KV cache", "total", "available");
   for (size_t r = 0; r < ranks.size(); ++r) {
     const RankBytes& b = ranks[r];
-    absl::StrAppendFormat(&text, "%-6d %12s %12s %12s %12s %12s %12s %12s %12s\n", r, human_bytes(b.weights.embedding),
-                          human_bytes(b.weights.attention + b.weights.norms), human_bytes(b.weights.feed_forward),
-                          human_bytes(b.weights.lm_head), human_bytes(b.scratch), human_bytes(b.kv_cache),
-                          human_bytes(b.total()), human_bytes(available_bytes[r]));
+    absl::StrAppendFormat(&text, "%-6d %12s %12s %12s %12s %12s %12s %12s %12s %12s\n", r,
+                          human_bytes(b.weights.embedding), human_bytes(b.weights.attention),
+                          human_bytes(b.weights.feed_forward), human_bytes(b.weights.lm_head),
+                          human_bytes(b.weights.norms + b.weights.scales), human_bytes(b.scratch),
+                          human_bytes(b.kv_cache), human_bytes(b.total()), human_bytes(resources[r].memory_bytes));
   }
   absl::StrAppendFormat(&text,
                         "KV cache: %d tokens in %d blocks; maximum context %d tokens; up to %d sequences at once",

@@ -18,6 +18,8 @@ constexpr float kHighest = std::numeric_limits<float>::max();
 
 constexpr size_t kScanBlock = 64;   // logits whose maximum stands for them
 constexpr size_t kSumBlock = 1024;  // weights whose sum stands for them
+constexpr int kDigit = 10;          // bits of a digit of a weight
+constexpr size_t kDigits = size_t{1} << kDigit;
 
 // Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
@@ -72,7 +74,11 @@ std::span<const float> block_of(std::span<const float> values, size_t block, siz
   return values.subspan(block * size, std::min(size, values.size() - block * size));
 }
 
-size_t blocks_of(std::span<const float> values, size_t size) { return (values.size() + size - 1) / size; }
+size_t blocks_of(size_t values, size_t size) { return (values + size - 1) / size; }
+size_t blocks_of(std::span<const float> values, size_t size) { return blocks_of(values.size(), size); }
+
+// Entries of Sampler::sums_ over so many weights: sums of blocks, or of what has one digit.
+size_t sums_of(size_t weights) { return std::max(blocks_of(weights, kSumBlock), kDigits); }
 
 // The whole sum; those of its blocks to *sums.
 double total_of(std::span<const float> weights, std::vector<double>* sums) {
@@ -157,6 +163,20 @@ double uniform_at(uint64_t seed, uint32_t output_index, int32_t position) {
                            {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
   const uint64_t wide = uint64_t{bits[0]} << 32 | bits[1];
   return static_cast<double>(wide >> 11) * 0x1.0p-53;
+}
+
+void Sampler::reserve(int64_t vocab_size) {
+  const auto size = static_cast<size_t>(vocab_size);
+  for (std::vector<float>* values : {&adjusted_, &weights_}) values->reserve(size);
+  for (std::vector<float>* values : {&maxima_, &ranked_}) values->reserve(blocks_of(size, kScanBlock));
+  ids_.reserve(size);
+  sums_.reserve(sums_of(size));
+}
+
+int64_t Sampler::bytes(int64_t vocab_size) {
+  const auto size = static_cast<size_t>(vocab_size);
+  const size_t floats = 2 * size + 2 * blocks_of(size, kScanBlock);
+  return static_cast<int64_t>(floats * sizeof(float) + size * sizeof(int32_t) + sums_of(size) * sizeof(double));
 }
 
 void Sampler::sample(const Choice& choice, SampledToken* out) {
@@ -321,8 +341,6 @@ void Sampler::cut_tail(double top_p, float min_p) {
 // The heaviest weights (ties: the first) until their sum is `target`; at least one. Finds the lightest that is kept,
 // digit by digit of its bits, which are in the order of positive floats: no weight is sorted.
 void Sampler::keep_heaviest(double target) {
-  constexpr int kDigit = 10;
-  constexpr uint32_t kDigits = 1 << kDigit;
   target = std::max(target, std::numeric_limits<double>::min());
   double heavier = 0.0;  // the sum of what is kept in any case
   uint32_t lightest = 0;

@@ -46,6 +46,11 @@ class Sampler {
   // `stream` outlives it; of its threads only the calling one is used.
   explicit Sampler(const Stream& stream) : stream_(&stream) {}
 
+  // Takes at once what rows of vocab_size logits can ever ask for: bytes(vocab_size), of which pages are touched as
+  // requests need them. Without it memory grows with what is asked.
+  void reserve(int64_t vocab_size);
+  static int64_t bytes(int64_t vocab_size);
+
   // chosen.logprob and top are of the raw distribution. Sets all of *out but its slot.
   void sample(const Choice& choice, SampledToken* out);
   // The same report of a token that is known already, with `top` alternatives.

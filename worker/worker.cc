@@ -22,7 +22,9 @@ struct Worker::Impl {
         cache(std::move(cache)),
         transformer(stream, this->communicator, config, shard, weights, limits.max_step_tokens),
         samplers(stream.threads(), Sampler(stream)),
-        slots(limits) {}
+        slots(limits) {
+    for (Sampler& sampler : samplers) sampler.reserve(limits.vocab_size);
+  }
 
   void copy_blocks();
   absl::Status read_logits(StepResult* result);

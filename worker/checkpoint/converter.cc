@@ -24,15 +24,10 @@ using nlohmann::ordered_json;
 constexpr int64_t kSlabBytes = int64_t{32} << 20;
 constexpr double kActivationUpperBound = 1200.0;  // Meta's
 
-bool is_quantised(const ModelTensor& tensor, Fp8Recipe recipe, int64_t layers) {
-  if (recipe == Fp8Recipe::kFfn) return is_feed_forward(tensor.part) && tensor.layer > 0 && tensor.layer < layers - 1;
-  return recipe == Fp8Recipe::kAll && is_block_linear(tensor.part);
-}
-
 ordered_json fbgemm_config(const std::vector<ModelTensor>& tensors, int64_t layers) {
   ordered_json left_out = ordered_json::array();
   for (const ModelTensor& tensor : tensors) {
-    if (is_block_linear(tensor.part) && !is_quantised(tensor, Fp8Recipe::kFfn, layers))
+    if (is_block_linear(tensor.part) && !becomes_fp8(tensor, Fp8Recipe::kFfn, layers))
       left_out.push_back(tensor.module);
   }
   left_out.push_back("lm_head");
@@ -111,7 +106,7 @@ class Conversion {
     tensors_ = model_tensors(source_.config());
     bool any = false;
     for (const ModelTensor& tensor : tensors_) {
-      Item item{.tensor = tensor, .fp8 = is_quantised(tensor, options_.recipe, layers)};
+      Item item{.tensor = tensor, .fp8 = becomes_fp8(tensor, options_.recipe, layers)};
       any |= item.fp8;
       progress_.bytes_total += item.bytes();
       if (shards_.empty() ||
@@ -237,6 +232,13 @@ std::optional<Fp8Recipe> fp8_recipe_named(std::string_view name) {
   if (name == "ffn") return Fp8Recipe::kFfn;
   if (name == "all") return Fp8Recipe::kAll;
   return std::nullopt;
+}
+
+bool becomes_fp8(const ModelTensor& tensor, Fp8Recipe recipe, int64_t num_hidden_layers) {
+  if (recipe == Fp8Recipe::kFfn) {
+    return is_feed_forward(tensor.part) && tensor.layer > 0 && tensor.layer < num_hidden_layers - 1;
+  }
+  return recipe == Fp8Recipe::kAll && is_block_linear(tensor.part);
 }
 
 float quantize_row(const float* values, int64_t count, uint8_t* codes) {

@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "absl/status/status.h"
+#include "worker/checkpoint/architecture.h"
 
 namespace octet {
 
@@ -21,6 +22,8 @@ enum class Fp8Recipe : uint8_t {
 };
 // "none", "ffn" or "all"; nothing for other names.
 std::optional<Fp8Recipe> fp8_recipe_named(std::string_view name);
+// Whether the recipe stores this tensor of a model of so many layers in FP8.
+bool becomes_fp8(const ModelTensor& tensor, Fp8Recipe recipe, int64_t num_hidden_layers);
 
 struct ConvertProgress {
   std::string tensor;      // being written

@@ -16,21 +16,15 @@ constexpr int64_t kStagingBytes = 8 << 20;  // one sequential read
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// FP8 stays FP8; everything else becomes BF16.
-DType resident_dtype(DType stored) { return stored == DType::kF8E4M3 ? DType::kF8E4M3 : DType::kBF16; }
-
 struct PlacedLinear {
   std::string module;
   Linear* linear;
   int64_t WeightBytes::*part;
   Range rows, columns;
-  LinearFormat format;
+  DType dtype = DType::kBF16;  // resident
 
-  int64_t weight_bytes() const {
-    return packed_bytes(resident_dtype(format.weight->dtype), rows.size(), columns.size());
-  }
-  int64_t scale_bytes() const { return format.weight_scale ? rows.size() * int64_t{sizeof(float)} : 0; }
-  int64_t bytes() const { return aligned(weight_bytes()) + aligned(scale_bytes()); }
+  int64_t weight_bytes() const { return packed_bytes(dtype, rows.size(), columns.size()); }
+  int64_t scale_bytes() const { return dtype == DType::kF8E4M3 ? rows.size() * int64_t{sizeof(float)} : 0; }
 };
 
 struct PlacedNorm {
@@ -40,27 +34,25 @@ struct PlacedNorm {
 
 // Every tensor of one rank, in the order of the forward pass.
 struct Placement {
-  const TensorInfo* embedding = nullptr;
   std::vector<PlacedLinear> linears;
   std::vector<PlacedNorm> norms;
 };
 
-absl::StatusOr<Placement> place(const Checkpoint& checkpoint, const ShardSpec& shard, ModelWeights* weights) {
-  const ModelConfig& config = checkpoint.config();
+Placement place(const WeightFormats& formats, const ShardSpec& shard, ModelWeights* weights) {
+  const ModelConfig& config = formats.config;
   const Range all{0, config.hidden_size};
   Placement placement;
-  placement.embedding = checkpoint.find("model.embed_tokens.weight");
   weights->layers.resize(config.num_hidden_layers);
   for (int64_t i = 0; i < config.num_hidden_layers; ++i) {
     LayerWeights& layer = weights->layers[i];
     const std::string prefix = absl::StrCat("model.layers.", i, ".");
     auto attention = [&](const char* name, Linear* linear, Range rows, Range columns) {
       placement.linears.push_back(
-          {absl::StrCat(prefix, "self_attn.", name), linear, &WeightBytes::attention, rows, columns, {}});
+          {absl::StrCat(prefix, "self_attn.", name), linear, &WeightBytes::attention, rows, columns});
     };
     auto feed_forward = [&](const char* name, Linear* linear, Range rows, Range columns) {
       placement.linears.push_back(
-          {absl::StrCat(prefix, "mlp.", name), linear, &WeightBytes::feed_forward, rows, columns, {}});
+          {absl::StrCat(prefix, "mlp.", name), linear, &WeightBytes::feed_forward, rows, columns});
     };
     placement.norms.push_back({prefix + "input_layernorm.weight", &layer.input_layernorm});
     attention("q_proj", &layer.q_proj, shard.query_rows(), all);
@@ -73,27 +65,19 @@ absl::StatusOr<Placement> place(const Checkpoint& checkpoint, const ShardSpec& s
     feed_forward("down_proj", &layer.down_proj, all, shard.ffn());
   }
   placement.norms.push_back({"model.norm.weight", &weights->norm});
-  for (PlacedLinear& linear : placement.linears) {
-    absl::StatusOr<LinearFormat> format = checkpoint.linear_format(linear.module);
-    if (!format.ok()) return format.status();
-    linear.format = *format;
-  }
-  // The head is stored unquantised, and when tied under the embedding's name.
-  const char* head = config.tie_word_embeddings ? "model.embed_tokens" : "lm_head";
-  placement.linears.push_back({head,
-                               &weights->lm_head,
-                               &WeightBytes::lm_head,
-                               shard.vocab(),
-                               all,
-                               {.weight = checkpoint.find(absl::StrCat(head, ".weight"))}});
+  placement.linears.push_back({"lm_head", &weights->lm_head, &WeightBytes::lm_head, shard.vocab(), all});
+  for (PlacedLinear& linear : placement.linears) linear.dtype = formats.resident_dtype(linear.module);
   return placement;
 }
 
-WeightBytes bytes_of(const Placement& placement, const Checkpoint& checkpoint, const ShardSpec& shard) {
-  const int64_t hidden = checkpoint.config().hidden_size;
+WeightBytes bytes_of(const Placement& placement, const ModelConfig& config, const ShardSpec& shard) {
+  const int64_t hidden = config.hidden_size;
   WeightBytes bytes;
   bytes.embedding = aligned(shard.vocab().size() * hidden * size_of(DType::kBF16));
-  for (const PlacedLinear& linear : placement.linears) bytes.*linear.part += linear.bytes();
+  for (const PlacedLinear& linear : placement.linears) {
+    bytes.*linear.part += aligned(linear.weight_bytes());
+    bytes.scales += aligned(linear.scale_bytes());
+  }
   bytes.norms = static_cast<int64_t>(placement.norms.size()) * aligned(hidden * size_of(DType::kF32));
   return bytes;
 }
@@ -105,21 +89,23 @@ class Loader {
       : stream_(stream), checkpoint_(checkpoint), arena_(arena), options_(options) {}
 
   absl::Status load_linear(const PlacedLinear& placed) {
+    const absl::StatusOr<LinearFormat> format = checkpoint_.linear_format(placed.module);
+    if (!format.ok()) return format.status();
     Linear& linear = *placed.linear;
-    const DType dtype = resident_dtype(placed.format.weight->dtype);
     linear.out_features = placed.rows.size();
     linear.in_features = placed.columns.size();
-    linear.weight = take(dtype, {placed.weight_bytes() / size_of(dtype)});
-    if (options_.activations == ActivationMode::kFP8) linear.activations = placed.format.activations;
-    if (placed.format.weight_scale != nullptr) {
+    linear.weight = take(placed.dtype, {placed.weight_bytes() / size_of(placed.dtype)});
+    if (options_.activations == ActivationMode::kFP8) linear.activations = format->activations;
+    if (placed.dtype == DType::kF8E4M3) {
       linear.weight_scale = take(DType::kF32, {placed.rows.size()});
-      if (absl::Status status = load_scale(placed); !status.ok()) return status;
+      if (absl::Status status = load_scale(*format->weight_scale, placed); !status.ok()) return status;
     }
-    return read_rows(*placed.format.weight, placed.rows, placed.columns,
+    return read_rows(*format->weight, placed.rows, placed.columns,
                      [&](const Tensor& raw, int64_t first_row) { pack_rows(stream_, raw, first_row, linear); });
   }
 
-  absl::Status load_embedding(const TensorInfo& info, Range rows, Tensor* out) {
+  absl::Status load_embedding(Range rows, Tensor* out) {
+    const TensorInfo& info = *checkpoint_.find("model.embed_tokens.weight");
     const int64_t hidden = info.shape[1];
     *out = take(DType::kBF16, {rows.size(), hidden});
     return read_rows(info, rows, {0, hidden}, [&](const Tensor& raw, int64_t first_row) {
@@ -143,8 +129,8 @@ class Loader {
     return tensor;
   }
 
-  absl::Status load_scale(const PlacedLinear& placed) {
-    absl::StatusOr<std::vector<float>> values = checkpoint_.read_f32(*placed.format.weight_scale);
+  absl::Status load_scale(const TensorInfo& info, const PlacedLinear& placed) {
+    absl::StatusOr<std::vector<float>> values = checkpoint_.read_f32(info);
     if (!values.ok()) return values.status();
     float* scale = placed.linear->weight_scale.as<float>();
     const bool per_row = values->size() > 1;
@@ -170,8 +156,9 @@ class Loader {
     return absl::OkStatus();
   }
 
+  // FP8 stays FP8; everything else becomes BF16.
   Tensor resident(const Tensor& raw) {
-    if (resident_dtype(raw.dtype()) == raw.dtype()) return raw;
+    if (raw.dtype() == DType::kF8E4M3 || raw.dtype() == DType::kBF16) return raw;
     converted_.resize(raw.elements());
     for (int64_t i = 0; i < raw.elements(); ++i) {
       converted_[i] =
@@ -191,11 +178,9 @@ class Loader {
 
 }  // namespace
 
-absl::StatusOr<WeightBytes> ModelWeights::plan(const Checkpoint& checkpoint, const ShardSpec& shard) {
+WeightBytes ModelWeights::plan(const WeightFormats& formats, const ShardSpec& shard) {
   ModelWeights unused;
-  absl::StatusOr<Placement> placement = place(checkpoint, shard, &unused);
-  if (!placement.ok()) return placement.status();
-  return bytes_of(*placement, checkpoint, shard);
+  return bytes_of(place(formats, shard, &unused), formats.config, shard);
 }
 
 std::span<const std::byte> ModelWeights::memory() const {
@@ -205,14 +190,13 @@ std::span<const std::byte> ModelWeights::memory() const {
 absl::StatusOr<ModelWeights> ModelWeights::load(Stream& stream, const Checkpoint& checkpoint, const ShardSpec& shard,
                                                 const LoadOptions& options) {
   ModelWeights weights;
-  absl::StatusOr<Placement> placement = place(checkpoint, shard, &weights);
-  if (!placement.ok()) return placement.status();
-  weights.memory_ = Buffer(bytes_of(*placement, checkpoint, shard).total());
+  const Placement placement = place(weight_formats(checkpoint), shard, &weights);
+  weights.memory_ = Buffer(bytes_of(placement, checkpoint.config(), shard).total());
   Loader loader(stream, checkpoint, weights.memory_, options);
-  absl::Status status = loader.load_embedding(*placement->embedding, shard.vocab(), &weights.embed_tokens);
-  for (size_t i = 0; status.ok() && i < placement->linears.size(); ++i)
-    status = loader.load_linear(placement->linears[i]);
-  for (size_t i = 0; status.ok() && i < placement->norms.size(); ++i) status = loader.load_norm(placement->norms[i]);
+  absl::Status status = loader.load_embedding(shard.vocab(), &weights.embed_tokens);
+  for (size_t i = 0; status.ok() && i < placement.linears.size(); ++i)
+    status = loader.load_linear(placement.linears[i]);
+  for (size_t i = 0; status.ok() && i < placement.norms.size(); ++i) status = loader.load_norm(placement.norms[i]);
   if (!status.ok()) return status;
   return weights;
 }

@@ -13,6 +13,7 @@
 #include "kernels/ops.h"
 #include "worker/checkpoint/checkpoint.h"
 #include "worker/model/shard_spec.h"
+#include "worker/model/weight_formats.h"
 
 namespace octet {
 
@@ -27,8 +28,10 @@ struct LayerWeights {
 
 // Bytes of one rank, by part.
 struct WeightBytes {
-  int64_t embedding = 0, lm_head = 0, attention = 0, feed_forward = 0, norms = 0;
-  int64_t total() const { return embedding + lm_head + attention + feed_forward + norms; }
+  int64_t embedding = 0, lm_head = 0, attention = 0, feed_forward = 0;
+  int64_t norms = 0;
+  int64_t scales = 0;  // of FP8 weights
+  int64_t total() const { return embedding + lm_head + attention + feed_forward + norms + scales; }
 };
 
 // W8A8 computes with the activation scheme that the checkpoint asks for; W8A16 keeps activations in BF16.
@@ -42,7 +45,7 @@ struct LoadOptions {
 
 class ModelWeights {
  public:
-  static absl::StatusOr<WeightBytes> plan(const Checkpoint& checkpoint, const ShardSpec& shard);
+  static WeightBytes plan(const WeightFormats& formats, const ShardSpec& shard);
 
   // Reads this rank's part only. Errors name the tensor.
   static absl::StatusOr<ModelWeights> load(Stream& stream, const Checkpoint& checkpoint, const ShardSpec& shard,
