@@ -13,6 +13,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "kernels/check.h"
 #include "launch/machine.h"
@@ -176,6 +177,15 @@ absl::StatusOr<int64_t> Bootstrap::own_memory() {
   if (absl::Status status = agree(available.status()); !status.ok()) return status;
   const std::vector<uint64_t> seen = on_my_node(all_gather(static_cast<uint64_t>(*available)));
   return static_cast<int64_t>(*std::min_element(seen.begin(), seen.end())) / local_size_;
+}
+
+std::string Bootstrap::mpi_version() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING] = {};
+  int length = 0;
+  MPI_Get_library_version(text, &length);
+  // "Open MPI v4.1.4, package: ..., ident: ..."
+  const std::string version(text, text + (std::find(text, text + length, ',') - text));
+  return absl::StrReplaceAll(version, {{"MPI v", "MPI "}});
 }
 
 bool Bootstrap::each_thread_has_a_core(int threads) {

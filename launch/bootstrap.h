@@ -50,6 +50,9 @@ class Bootstrap {
   // same on all ranks of a node. Collective.
   bool each_thread_has_a_core(int threads);
 
+  // "Open MPI 4.1.4".
+  static std::string mpi_version();
+
   // 32 random bytes of this job, the same on every rank. They travel over MPI only, never in arguments or environment.
   const std::string& job_secret() const { return job_secret_; }
 

@@ -1,9 +1,10 @@
-// octet: one binary, many commands. Only `serve` touches MPI.
+// octet: one binary, many commands. Only `serve`, `batch` and `doctor` touch MPI.
 #include <CLI/CLI.hpp>
 
 #include "launch/batch.h"
 #include "launch/bench.h"
 #include "launch/convert.h"
+#include "launch/doctor.h"
 #include "launch/generate.h"
 #include "launch/inspect.h"
 #include "launch/plan.h"
@@ -34,6 +35,7 @@ int main(int argc, char** argv) {
   octet::add_convert_command(app, &exit_code);
   octet::add_inspect_command(app, &exit_code);
   octet::add_plan_command(app, &exit_code);
+  octet::add_doctor_command(app, &exit_code);
   octet::add_bench_command(app, &exit_code);
   try {
     app.parse(argc, argv);
