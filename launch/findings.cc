@@ -19,12 +19,13 @@ namespace {
 using Level = FindingLevel;
 
 constexpr int64_t kMiB = int64_t{1} << 20;
-constexpr int64_t kFewOpenFiles = 4096;             // a thousand clients, their sockets and the model's files
-constexpr int64_t kLittleLockedMemory = 64 * kMiB;  // what networks and GPUs pin
-constexpr double kSlowRank = 0.6;                   // of the median
-constexpr double kSlowRead = 0.2e9;                 // bytes per second of a node
-constexpr double kSlowAllReduce = 1e-3;             // seconds, of a small message
-constexpr double kClocksApart = 1.0;                // seconds
+constexpr int64_t kFewOpenFiles = 4096;              // a thousand clients, their sockets and the model's files
+constexpr int64_t kLittleLockedMemory = 64 * kMiB;   // what networks and GPUs pin
+constexpr double kSlowRank = 0.6;                    // of the median
+constexpr double kSlowRead = 0.2e9;                  // bytes per second of a node
+constexpr double kSlowAllReduce = 1e-3;              // seconds, of a small message
+constexpr int64_t kIdleGpuBytes = int64_t{2} << 30;  // what drivers hold of a GPU that does nothing
+constexpr double kClocksApart = 1.0;                 // seconds
 
 // What one rank has to say about one check.
 struct Verdict {
@@ -78,26 +79,33 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
+// "node1 (ranks 0-3), node2 (ranks 4-7)", as far as a line goes.
+std::string name_nodes(const JobFacts& job) {
+  constexpr size_t kMost = 8;
+  std::vector<std::string> names;
+  for (const auto& [number, node] : by_node(job)) {
+    std::vector<int> ranks;
+    for (const RankFacts* rank : node) ranks.push_back(rank->rank);
+    if (names.size() < kMost) names.push_back(absl::StrCat(node[0]->host, " (", name_ranks(ranks), ")"));
+  }
+  return absl::StrCat(absl::StrJoin(names, ", "), by_node(job).size() > kMost ? ", ..." : "");
+}
+
 void judge_launch(const JobFacts& job, std::vector<Finding>* findings) {
   Check check("launch", findings);
-  const auto nodes = by_node(job);
-  std::string message = absl::StrCat(plural(job.ranks.size(), "rank"), " on ", plural(nodes.size(), "node"));
-  const std::string job_id = variable(job.ranks[0], "SLURM_JOB_ID");
-  if (!job_id.empty()) {
-    absl::StrAppend(&message, ", Slurm job ", job_id);
-    for (const char* name : {"SLURM_NTASKS", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK"}) {
-      if (const std::string value = variable(job.ranks[0], name); !value.empty()) {
-        absl::StrAppend(&message, ", ", name, "=", value);
-      }
+  const size_t nodes = by_node(job).size();
+  std::string message = absl::StrCat(plural(job.ranks.size(), "rank"), " on ", plural(nodes, "node"));
+  if (nodes > 1) absl::StrAppend(&message, ": ", name_nodes(job));
+  for (const char* name : {"SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK"}) {
+    if (const std::string value = variable(job.ranks[0], name); !value.empty()) {
+      absl::StrAppend(&message, ", ", name, "=", value);
     }
   }
   if (job.ranks.size() > 1) {
     absl::StrAppend(&message, "; they talk through a shared-memory window",
-                    nodes.size() == 1 ? "" : " on a node, MPI between nodes");
+                    nodes == 1 ? "" : " on a node, MPI between nodes");
   }
-  if (job.communicator_error.empty()) return check.add(job.ranks, {Level::kOk, message, ""});
-  check.add(job.ranks,
-            {Level::kFailure, job.communicator_error, "mend what the message names; see shared memory below"});
+  check.add(job.ranks, {Level::kOk, message, ""});
 }
 
 void judge_versions(const JobFacts& job, std::vector<Finding>* findings) {
@@ -221,6 +229,12 @@ Verdict judge_gpus_of(const RankFacts& rank, const std::vector<const RankFacts*>
     return {Level::kWarning, absl::StrCat(message, ": fewer than the ", node.size(), " ranks of the node"),
             "one GPU for each rank: fewer ranks, or srun --gpus-per-node"};
   }
+  for (size_t i = 0; i < gpus.size(); ++i) {
+    const int64_t used = gpus[i].memory_bytes - gpus[i].free_bytes;
+    if (used <= kIdleGpuBytes) continue;
+    return {Level::kWarning, absl::StrCat(message, "; ", human_bytes(used), " of GPU ", i, " are taken already"),
+            "nvidia-smi shows by whom: what a job before this one left behind has to go first"};
+  }
   if (kinds.size() > 1) return {Level::kWarning, message, "the slowest sets the pace: use GPUs of one kind"};
   if (!rank.gpus.pairs_without_peer_access.empty()) {
     const auto [i, j] = rank.gpus.pairs_without_peer_access[0];
@@ -241,6 +255,8 @@ void judge_gpus(const JobFacts& job, std::vector<Finding>* findings) {
 
 void judge_shared_memory(const JobFacts& job, std::vector<Finding>* findings) {
   Check check("shared memory", findings);
+  // The message says what to do.
+  if (!job.communicator_error.empty()) return check.add(job.ranks, {Level::kFailure, job.communicator_error, ""});
   for (const auto& [number, node] : by_node(job)) {
     for (const RankFacts* rank : node) {
       // A rank alone on its node shares nothing.

@@ -50,7 +50,8 @@ JobFacts with_gpus(JobFacts job, int gpus) {
     rank.nvidia_driver = true;
     rank.gpus.driver = "550.54.15";
     for (int i = 0; i < gpus; ++i) {
-      rank.gpus.gpus.push_back({.name = "H100", .uuid = absl::StrCat("GPU-", i), .memory_bytes = 80 * kGiB});
+      rank.gpus.gpus.push_back(
+          {.name = "H100", .uuid = absl::StrCat("GPU-", i), .memory_bytes = 80 * kGiB, .free_bytes = 79 * kGiB});
     }
   }
   return job;
@@ -155,6 +156,9 @@ TEST(Doctor, WarnsOfGpusThatAreFewOrApart) {
   JobFacts apart = with_gpus(healthy_job(1, 1), 4);
   apart.ranks[0].gpus.pairs_without_peer_access = {{0, 3}, {1, 3}};
   expect_complaint(apart, FindingLevel::kWarning, "GPUs", {0}, {"2 pairs", "0 and 3"});
+  JobFacts taken = with_gpus(healthy_job(4, 4), 4);
+  for (RankFacts& rank : taken.ranks) rank.gpus.gpus[2].free_bytes = 10 * kGiB;
+  expect_complaint(taken, FindingLevel::kWarning, "GPUs", {0, 1, 2, 3}, {"70.00 GiB of GPU 2", "nvidia-smi"});
   JobFacts broken = healthy_job(1, 1);
   broken.ranks[0].nvidia_driver = true;
   broken.ranks[0].gpu_error = "nvmlInit_v2: Driver Not Loaded";
@@ -166,6 +170,20 @@ TEST(Doctor, FailsWhereSharedMemoryIsTooSmall) {
   for (int r = 4; r < 8; ++r) job.ranks[r].shm_free_bytes = 1 << 20;
   expect_complaint(job, FindingLevel::kFailure, "shared memory", {4, 5, 6, 7}, {"--shm-size"});
   EXPECT_TRUE(any_failure(judge(job)));
+}
+
+TEST(Doctor, FailsWhenTheRanksCannotBeJoined) {
+  JobFacts job = healthy_job(2, 2);
+  job.communicator_error = "the 2 ranks of this node need 4.0 MiB in /dev/shm: enlarge it";
+  const std::vector<Finding> found = complaints(job);
+  ASSERT_EQ(found.size(), 1u);
+  EXPECT_EQ(found[0].level, FindingLevel::kFailure);
+  EXPECT_EQ(found[0].message, job.communicator_error);
+}
+
+TEST(Doctor, NamesNodesAndTheirRanks) {
+  const std::string text = to_text(judge(healthy_job(4, 2)));
+  EXPECT_TRUE(absl::StrContains(text, "4 ranks on 2 nodes: node0 (ranks 0-1), node1 (ranks 2-3)")) << text;
 }
 
 TEST(Doctor, WarnsOfTightLimits) {

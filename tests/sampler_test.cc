@@ -4,12 +4,29 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <new>
 #include <numeric>
 #include <random>
 
 #include "kernels/cpu/thread_pool.h"
+
+namespace {
+std::atomic<int64_t> allocated_bytes{0};  // in all, whatever was freed since
+}
+
+// Not inlined: the compiler would see free() meet what new made.
+[[gnu::noinline]] void* operator new(size_t bytes) {
+  allocated_bytes += static_cast<int64_t>(bytes);
+  void* memory = std::malloc(bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace octet {
 namespace {
@@ -148,6 +165,28 @@ TEST(Sampler, AlternativesAreTheBestOfAllTiesToTheSmallerId) {
   ASSERT_EQ(token.top.size(), 20u);
   for (int32_t i = 0; i < 20; ++i) EXPECT_EQ(token.top[i].token, 6 + 7 * i);
   EXPECT_EQ(sample(Row({1, 2, 3}), {.top_logprobs = 20}).top.size(), 3u) << "no more than there are";
+}
+
+// Only this program's own allocations are counted.
+TEST(Sampler, AllocatesNothingOnceItHasReserved) {
+  constexpr int kVocabSize = 3000;
+  Sampler sampler(stream());
+  const int64_t before = allocated_bytes;
+  sampler.reserve(kVocabSize);
+  EXPECT_EQ(allocated_bytes - before, Sampler::bytes(kVocabSize));
+  std::mt19937_64 random(5);
+  for (int round = 0; round < 100; ++round) {
+    Row row = random_row(kVocabSize, random());
+    if (round % 3 == 0) std::fill(row.logits.begin(), row.logits.end(), 1.0f);  // all are ties
+    SlotSampling sampling{.temperature = 1.0f, .min_p = round % 2 == 0 ? 0.0f : 1e-6f};
+    sampling.top_k = round % 5 == 0 ? 0 : 40 * round;
+    sampling.top_p = round % 4 == 0 ? 1.0f : 0.9999f;
+    sampling.logit_bias = {{.token = 7, .bias = 1.0f}};
+    const Choice choice{.row = row.row, .sampling = sampling};
+    const int64_t reserved = allocated_bytes;
+    sampler.distribution(choice);
+    EXPECT_EQ(allocated_bytes, reserved) << round;
+  }
 }
 
 // ---- Filters against their definition over a full sort, on many rows, with ties
