@@ -18,10 +18,14 @@ namespace {
 std::atomic<int64_t> allocated_bytes{0};  // in all, whatever was freed since
 }
 
-// Not inlined: the compiler would see free() meet what new made.
-[[gnu::noinline]] void* operator new(size_t bytes) {
+// All forms that the library uses, for sanitizers look whether they match. Not inlined: the compiler would see free()
+// meet what new made.
+[[gnu::noinline]] void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
   allocated_bytes += static_cast<int64_t>(bytes);
-  void* memory = std::malloc(bytes);
+  return std::malloc(bytes);
+}
+[[gnu::noinline]] void* operator new(size_t bytes) {
+  void* memory = operator new(bytes, std::nothrow);
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
 }
