@@ -261,6 +261,17 @@ TEST(Batch, DrainsWhenToldToAndGoesOnLater) {
   EXPECT_EQ(read_file(output), uninterrupted(input, kDoneWithErrors));
 }
 
+TEST(Batch, StopsBeforeSlurmEndsTheJob) {
+  const std::string input = write_file("in.jsonl", mixed_lines(4000, 60)), output = fresh_path("o.jsonl");
+  Process::Options environment = mpirun_environment();
+  // Ten seconds of them are kept for the finish.
+  environment.environment["SLURM_JOB_END_TIME"] = absl::StrCat(time(nullptr) + 14);
+  const Finished stopped = run_command(mpirun(2, batch(input, output)), environment, seconds(60));
+  EXPECT_EQ(stopped.status, kComeBack) << stopped.err;
+  EXPECT_THAT(stopped.err, HasSubstr("time ends"));
+  EXPECT_GT(json::parse(read_file(output + ".octet/status.json"))["lines_done"], 0);
+}
+
 TEST(Batch, DrainsInsideTheTimeThatADyingMpirunAllows) {
   const std::string input = write_file("in.jsonl", mixed_lines(1200, 60)), output = fresh_path("o.jsonl");
   Process first(mpirun(2, batch(input, output)), mpirun_environment());
@@ -269,6 +280,7 @@ TEST(Batch, DrainsInsideTheTimeThatADyingMpirunAllows) {
   first.signal(SIGTERM);
   first.wait(seconds(30));  // mpirun's own word is 1 or 143, however its ranks ended
   EXPECT_EQ(json::parse(read_file(output + ".octet/status.json"))["state"], "stopped") << first.err();
+  EXPECT_THAT(first.err(), HasSubstr("stopped: Continued")) << "mpirun's first word is SIGCONT";
 }
 
 // Lines are answered, in this run and earlier ones, and in flight when the one before ended, as the log says.

@@ -101,6 +101,17 @@ TEST(Serve, DrainsInsideTheTimeThatMpirunAllows) {
   EXPECT_TRUE(absl::StrContains(server.process().err(), "drained")) << server.process().err();
 }
 
+TEST(Serve, DrainsBeforeSlurmEndsTheJob) {
+  const std::string model = write_random_model({});
+  Process::Options environment = mpirun_environment();
+  environment.environment["SLURM_JOB_END_TIME"] = absl::StrCat(time(nullptr) + 12);
+  const Finished server = run_command(mpirun(2, {kOctet, "serve", "--model", model, "--address", "127.0.0.1:0",
+                                                 "--drain-seconds", "1", "--kv-memory", "64MiB"}),
+                                      environment, seconds(60));
+  EXPECT_EQ(server.status, 0) << server.err;
+  EXPECT_TRUE(absl::StrContains(server.err, "draining: the job's time ends")) << server.err;
+}
+
 TEST(Serve, RefusesASecondServerOnItsPort) {
   const std::string model = write_random_model({});
   Server first(model, 1);
