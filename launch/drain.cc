@@ -113,7 +113,7 @@ absl::Status Drain::failure() const {
 DrainOrder Drain::wait(absl::Time latest) {
   while (true) {
     if (const int number = caught_signal.exchange(0); number != 0) {
-      give({.reason = strsignal(number),
+      give({.reason = absl::StrCat("SIG", sigabbrev_np(number)),
             .hasty = open_mpi_parent != 0 && number != SIGUSR1,
             .failure = absl::OkStatus()});
     }

@@ -280,7 +280,7 @@ TEST(Batch, DrainsInsideTheTimeThatADyingMpirunAllows) {
   first.signal(SIGTERM);
   first.wait(seconds(30));  // mpirun's own word is 1 or 143, however its ranks ended
   EXPECT_EQ(json::parse(read_file(output + ".octet/status.json"))["state"], "stopped") << first.err();
-  EXPECT_THAT(first.err(), HasSubstr("stopped: Continued")) << "mpirun's first word is SIGCONT";
+  EXPECT_THAT(first.err(), HasSubstr("stopped: SIGCONT")) << "mpirun's first word is SIGCONT";
 }
 
 // Lines are answered, in this run and earlier ones, and in flight when the one before ended, as the log says.

@@ -5,8 +5,10 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 
 namespace octet {
@@ -49,7 +51,7 @@ TEST(Drain, IsWhatSignalsMean) {
     drain.catch_signals();
     kill(getpid(), number);
     const DrainOrder order = drain.wait();
-    EXPECT_EQ(order.reason, strsignal(number));
+    EXPECT_EQ(order.reason, absl::StrCat("SIG", sigabbrev_np(number)));
     EXPECT_FALSE(order.hasty) << "no mpirun is our parent";
   }
 }
