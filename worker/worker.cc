@@ -15,10 +15,11 @@ namespace octet {
 
 struct Worker::Impl {
   Impl(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
-       const ModelWeights& weights, KvCache cache, const WorkerLimits& limits)
+       const ModelWeights& weights, KvCache cache, const WorkerLimits& limits, FlightRecorder* recorder)
       : layers(config.num_hidden_layers),
         stream(stream),
-        communicator(communicator),
+        communicator(communicator, recorder),
+        recorder(recorder),
         cache(std::move(cache)),
         transformer(stream, this->communicator, config, shard, weights, limits.max_step_tokens),
         samplers(stream.threads(), Sampler(stream)),
@@ -33,6 +34,7 @@ struct Worker::Impl {
   const int64_t layers;
   Stream& stream;
   TimedCommunicator communicator;
+  FlightRecorder* const recorder;
   KvCache cache;
   Transformer transformer;
   std::vector<Sampler> samplers;  // one for each thread of the stream
@@ -91,8 +93,8 @@ void Worker::Impl::read_row(const LogitsRow& row, const RowUse& use, Sampler& sa
 }
 
 Worker::Worker(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
-               const ModelWeights& weights, KvCache cache, const WorkerLimits& limits)
-    : impl_(std::make_unique<Impl>(stream, communicator, config, shard, weights, std::move(cache), limits)) {
+               const ModelWeights& weights, KvCache cache, const WorkerLimits& limits, FlightRecorder* recorder)
+    : impl_(std::make_unique<Impl>(stream, communicator, config, shard, weights, std::move(cache), limits, recorder)) {
   OCTET_CHECK(limits.blocks <= impl_->cache.blocks() && limits.block_tokens == kKvBlockTokens,
               "limits promise more cache than there is");
 }
@@ -101,6 +103,7 @@ Worker::~Worker() = default;
 
 StepResult Worker::run(const StepPlan& plan) {
   const auto begin = std::chrono::steady_clock::now();
+  if (impl_->recorder != nullptr) impl_->recorder->begin_step(plan.step, plan.token_count(), begin);
   const double collective_seconds = impl_->communicator.seconds();
   StepResult result;
   result.step = plan.step;
@@ -113,7 +116,9 @@ StepResult Worker::run(const StepPlan& plan) {
     }
   }
   if (!status.ok()) result.error = std::string(status.message());
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
+  const auto end = std::chrono::steady_clock::now();
+  if (impl_->recorder != nullptr) impl_->recorder->end_step(end);
+  const std::chrono::duration<double> elapsed = end - begin;
   result.timings = {
       {.run_seconds = elapsed.count(), .collective_seconds = impl_->communicator.seconds() - collective_seconds}};
   return result;

@@ -6,6 +6,7 @@
 
 #include "kernels/memory.h"
 #include "worker/collective/communicator.h"
+#include "worker/flight_recorder.h"
 #include "worker/kv_cache.h"
 #include "worker/model/transformer.h"
 #include "worker/model/weights.h"
@@ -15,9 +16,10 @@ namespace octet {
 
 class Worker {
  public:
-  // All references outlive the worker. limits.blocks is the minimum over ranks, and what `cache` has at least.
+  // All references outlive the worker. limits.blocks is the minimum over ranks, and what `cache` has at least. Steps
+  // and collectives are noted in `recorder`, if there is one.
   Worker(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
-         const ModelWeights& weights, KvCache cache, const WorkerLimits& limits);
+         const ModelWeights& weights, KvCache cache, const WorkerLimits& limits, FlightRecorder* recorder = nullptr);
   ~Worker();
 
   // A plan that breaks its contract (unknown slot, block or token out of range, gap in positions) and a NaN in the

@@ -1,16 +1,18 @@
-// TimedCommunicator: another communicator's collectives, with the seconds that they take.
+// TimedCommunicator: another communicator's collectives, with the seconds that they take, noted in the rank's flight.
 #pragma once
 
 #include <chrono>
+#include <numeric>
 
 #include "worker/collective/communicator.h"
+#include "worker/flight_recorder.h"
 
 namespace octet {
 
 class TimedCommunicator final : public Communicator {
  public:
-  // `inner` outlives it.
-  explicit TimedCommunicator(Communicator& inner) : inner_(inner) {}
+  // Both outlive it. recorder: null, nobody records.
+  TimedCommunicator(Communicator& inner, FlightRecorder* recorder) : inner_(inner), recorder_(recorder) {}
 
   // Inside collectives since the beginning, waiting for other ranks included.
   double seconds() const { return std::chrono::duration<double>(spent_).count(); }
@@ -18,26 +20,31 @@ class TimedCommunicator final : public Communicator {
   int rank() const override { return inner_.rank(); }
   int size() const override { return inner_.size(); }
   void all_gather(const void* mine, std::span<const int64_t> bytes_of_rank, void* all) override {
-    timed([&] { inner_.all_gather(mine, bytes_of_rank, all); });
+    const int64_t bytes = std::accumulate(bytes_of_rank.begin(), bytes_of_rank.end(), int64_t{0});
+    timed(FlightEvent::kAllGather, bytes, [&] { inner_.all_gather(mine, bytes_of_rank, all); });
   }
   void reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) override {
-    timed([&] { inner_.reduce_over_slices(stream, partials, residual); });
+    timed(FlightEvent::kReduce, residual.bytes(), [&] { inner_.reduce_over_slices(stream, partials, residual); });
   }
   void barrier() override {
-    timed([&] { inner_.barrier(); });
+    timed(FlightEvent::kBarrier, 0, [&] { inner_.barrier(); });
   }
 
  private:
   using Clock = std::chrono::steady_clock;
 
   template <typename Collective>
-  void timed(const Collective& collective) {
+  void timed(FlightEvent event, int64_t bytes, const Collective& collective) {
     const Clock::time_point begin = Clock::now();
+    if (recorder_ != nullptr) recorder_->begin_collective(event, bytes, begin);
     collective();
-    spent_ += Clock::now() - begin;
+    const Clock::time_point end = Clock::now();
+    if (recorder_ != nullptr) recorder_->end_collective(end);
+    spent_ += end - begin;
   }
 
   Communicator& inner_;
+  FlightRecorder* const recorder_;
   Clock::duration spent_{};
 };
 
