@@ -29,6 +29,7 @@ namespace octet {
 namespace {
 
 namespace wire_v1 = internal::v1;
+using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::seconds kStopTimeout{10};
 constexpr size_t kMaxSocketPath = 100;  // sockaddr_un has room for 107 bytes
@@ -78,18 +79,29 @@ struct RpcWorkerGroup::Impl final : public wire_v1::WorkerService::CallbackServi
   class RankStream;
 
   Impl(const RpcWorkerGroupOptions& options, WorkerFunction local)
-      : options(options), streams(options.ranks - 1, nullptr), local(std::move(local)) {}
+      : options(options),
+        streams(options.ranks - 1, nullptr),
+        watchdog(options.watchdog, options.ranks, Clock::now()),
+        local(std::move(local)) {}
 
   grpc::ServerBidiReactor<wire_v1::RankMessage, wire_v1::Plan>* Work(grpc::CallbackServerContext* context) override;
 
   absl::Status start_server();
   void remove_socket();
   void run_local();
+  void watch();
 
-  // REQUIRES, of the next three: mutex.
+  // REQUIRES, of the next ones: mutex.
   absl::Status admit(RankStream* stream, int32_t rank);
   void take_answer(int32_t rank, const wire_v1::Result& result);
+  void take_place(int32_t rank, const wire_v1::Place& place);
+  void answered(Pending* step);
   void fail(absl::Status status);
+  void look_after_ranks();
+  std::vector<int> unanswered() const;
+  std::optional<Flight> flight_of(int32_t rank) const;
+  std::string last_words_of(int32_t rank) const;
+  std::string state_of(int32_t rank) const;
   // Without it: calls out.
   void announce_failure();
   absl::Status compare(const Pending& pending) const;
@@ -101,6 +113,7 @@ struct RpcWorkerGroup::Impl final : public wire_v1::WorkerService::CallbackServi
 
   std::mutex mutex;
   std::condition_variable changed;   // notified with the mutex held, after any change that somebody may wait for
+  std::condition_variable closed;    // `closing` became true: steps do not wake the watch
   std::vector<RankStream*> streams;  // rank r at r - 1; null: not here
   int32_t open_streams = 0;
   int32_t ranks_here = 0;
@@ -111,8 +124,10 @@ struct RpcWorkerGroup::Impl final : public wire_v1::WorkerService::CallbackServi
   absl::Status failure;
   bool failure_announced = false;
 
+  Watchdog watchdog;
+
   WorkerFunction local;
-  std::thread local_thread;
+  std::thread local_thread, watch_thread;
   std::unique_ptr<grpc::Server> server;  // last: streams use what is above
 };
 
@@ -140,6 +155,8 @@ class RpcWorkerGroup::Impl::RankStream final : public grpc::ServerBidiReactor<wi
         greet();
       } else if (incoming_.has_result()) {
         group_->take_answer(rank_, incoming_.result());
+      } else if (incoming_.has_place()) {
+        group_->take_place(rank_, incoming_.place());
       }
       if (ok && !finished_) StartRead(&incoming_);
     }
@@ -184,7 +201,7 @@ class RpcWorkerGroup::Impl::RankStream final : public grpc::ServerBidiReactor<wi
   void lost() {
     if (rank_ != 0 && !finished_ && !group_->closing) {
       group_->fail(absl::UnavailableError(
-          absl::StrCat("rank ", rank_, " is lost: its plan stream broke, the process has ended or hangs")));
+          absl::StrCat("rank ", rank_, " is lost: its plan stream broke; ", group_->last_words_of(rank_))));
     }
     finish(grpc::Status::CANCELLED);
   }
@@ -268,8 +285,7 @@ void RpcWorkerGroup::Impl::run_local() {
     for (Pending& step : pending) {
       if (step.local.has_value()) continue;
       step.local = std::move(result);
-      --step.missing;
-      changed.notify_all();
+      answered(&step);
       break;
     }
     if (plan.stop) return;
@@ -284,8 +300,14 @@ absl::Status RpcWorkerGroup::Impl::admit(RankStream* stream, int32_t rank) {
   if (streams[rank - 1] != nullptr) return absl::AlreadyExistsError(absl::StrCat("rank ", rank, " is here already"));
   streams[rank - 1] = stream;
   ++ranks_here;
+  watchdog.expect(rank, Clock::now());
   changed.notify_all();
   return absl::OkStatus();
+}
+
+void RpcWorkerGroup::Impl::answered(Pending* step) {
+  if (--step->missing == 0) watchdog.step_ended(Clock::now());
+  changed.notify_all();
 }
 
 void RpcWorkerGroup::Impl::take_answer(int32_t rank, const wire_v1::Result& result) {
@@ -299,13 +321,82 @@ void RpcWorkerGroup::Impl::take_answer(int32_t rank, const wire_v1::Result& resu
         Answer{.digest = result.sampled_digest(),
                .error = result.error(),
                .timing = {.run_seconds = result.run_seconds(), .collective_seconds = result.collective_seconds()}};
-    --step.missing;
-    changed.notify_all();
-    if (step.stop) streams[rank - 1]->finish(grpc::Status::OK);
+    answered(&step);
+    if (step.stop) {
+      watchdog.excuse(rank);
+      streams[rank - 1]->finish(grpc::Status::OK);
+    }
     return;
   }
   fail(absl::UnavailableError(
       absl::StrCat("rank ", rank, " answered step ", result.step(), ", which nobody asked for")));
+}
+
+void RpcWorkerGroup::Impl::take_place(int32_t rank, const wire_v1::Place& place) {
+  watchdog.heard(rank,
+                 {.step = place.step(),
+                  .in_step = place.in_step(),
+                  .collective = place.collective(),
+                  .in_collective = place.in_collective()},
+                 Clock::now());
+}
+
+// Gives the ranks signs of life and looks for theirs, on a thread of its own: should this one hang, they notice.
+void RpcWorkerGroup::Impl::watch() {
+  std::unique_lock lock(mutex);
+  while (!closed.wait_for(lock, options.watchdog.interval(), [this] { return closing; })) {
+    look_after_ranks();
+    lock.unlock();
+    announce_failure();
+    lock.lock();
+  }
+}
+
+void RpcWorkerGroup::Impl::look_after_ranks() {
+  if (!failure.ok()) return;
+  const auto sign_of_life = std::make_shared<wire_v1::Plan>();
+  sign_of_life->set_sign_of_life(true);
+  for (RankStream* stream : streams) {
+    if (stream != nullptr) stream->send(sign_of_life);
+  }
+  const Place own = options.recorder != nullptr ? options.recorder->place() : Place();
+  const std::optional<Watchdog::Verdict> verdict = watchdog.check(own, unanswered(), Clock::now());
+  if (!verdict) return;
+  std::string text = verdict->text;
+  for (int rank : verdict->culprits) absl::StrAppend(&text, state_of(rank));
+  fail(absl::DeadlineExceededError(text));
+}
+
+std::vector<int> RpcWorkerGroup::Impl::unanswered() const {
+  std::vector<int> ranks;
+  const auto oldest = std::ranges::find_if(pending, [](const Pending& step) { return step.missing > 0; });
+  if (oldest == pending.end()) return ranks;
+  if (!oldest->local.has_value()) ranks.push_back(0);
+  for (int rank = 1; rank < options.ranks; ++rank) {
+    if (!oldest->remote[rank - 1].has_value()) ranks.push_back(rank);
+  }
+  return ranks;
+}
+
+// Of a rank of this node.
+std::optional<Flight> RpcWorkerGroup::Impl::flight_of(int32_t rank) const {
+  if (options.flight_directory.empty()) return std::nullopt;
+  absl::StatusOr<Flight> flight = read_flight(flight_path(options.flight_directory, rank));
+  if (!flight.ok() || !flight->here) return std::nullopt;
+  return *std::move(flight);
+}
+
+std::string RpcWorkerGroup::Impl::last_words_of(int32_t rank) const {
+  const std::optional<Flight> flight = flight_of(rank);
+  if (!flight) return "the process has ended or hangs";
+  if (flight->kind != LastWordsKind::kNone) return absl::StrCat("its last words: ", flight->last_words);
+  return absl::StrCat("process ", flight->pid, " left no last words, it was killed");
+}
+
+// To be appended to what is said about a silent or stuck rank.
+std::string RpcWorkerGroup::Impl::state_of(int32_t rank) const {
+  const std::optional<Flight> flight = flight_of(rank);
+  return flight && rank != 0 ? absl::StrCat("; process ", flight->pid, " is ", process_state(flight->pid)) : "";
 }
 
 // The group is dead from here on: every rank is told why, so that each can end its process.
@@ -334,16 +425,16 @@ absl::Status RpcWorkerGroup::Impl::compare(const Pending& pending) const {
   for (size_t i = 0; i < pending.remote.size(); ++i) {
     const Answer& answer = *pending.remote[i];
     if (answer.error.empty() != pending.local->error.empty()) {
-      return absl::UnavailableError(absl::StrCat("rank ", i + 1, " disagrees with rank 0 about step ", pending.step,
-                                                 ": rank ", i + 1, " says \"",
-                                                 answer.error.empty() ? "fine" : answer.error, "\", rank 0 says \"",
-                                                 pending.local->error.empty() ? "fine" : pending.local->error, "\""));
+      return absl::InternalError(absl::StrCat("rank ", i + 1, " disagrees with rank 0 about step ", pending.step,
+                                              ": rank ", i + 1, " says \"",
+                                              answer.error.empty() ? "fine" : answer.error, "\", rank 0 says \"",
+                                              pending.local->error.empty() ? "fine" : pending.local->error, "\""));
     }
     if (answer.digest != digest) {
-      return absl::UnavailableError(absl::StrCat("rank ", i + 1, " disagrees with rank 0 about step ", pending.step,
-                                                 ": it sampled other tokens (digest ", absl::Hex(answer.digest),
-                                                 ", not ", absl::Hex(digest),
-                                                 "); the ranks' builds or weights differ, or memory failed"));
+      return absl::InternalError(absl::StrCat("rank ", i + 1, " disagrees with rank 0 about step ", pending.step,
+                                              ": it sampled other tokens (digest ", absl::Hex(answer.digest), ", not ",
+                                              absl::Hex(digest),
+                                              "); the ranks' builds or weights differ, or memory failed"));
     }
   }
   return absl::OkStatus();
@@ -358,6 +449,9 @@ absl::StatusOr<std::unique_ptr<RpcWorkerGroup>> RpcWorkerGroup::listen(const Rpc
     if (absl::Status status = group->impl_->start_server(); !status.ok()) return status;
   }
   group->impl_->local_thread = std::thread([impl = group->impl_.get()] { impl->run_local(); });
+  if (options.watchdog.floor > Watchdog::Duration::zero()) {
+    group->impl_->watch_thread = std::thread([impl = group->impl_.get()] { impl->watch(); });
+  }
   return group;
 }
 
@@ -370,11 +464,14 @@ RpcWorkerGroup::~RpcWorkerGroup() {
     if (impl_->stop_submitted) impl_->changed.wait_for(lock, kStopTimeout, [this] { return impl_->settled(); });
     impl_->closing = true;
     impl_->changed.notify_all();
+    impl_->closed.notify_all();
     for (Impl::RankStream* stream : impl_->streams) {
       if (stream != nullptr) stream->finish({grpc::StatusCode::UNAVAILABLE, "rank 0 is ending"});
     }
   }
-  if (impl_->local_thread.joinable()) impl_->local_thread.join();
+  for (std::thread* thread : {&impl_->local_thread, &impl_->watch_thread}) {
+    if (thread->joinable()) thread->join();
+  }
   if (impl_->server != nullptr) {
     impl_->server->Shutdown(absl::ToChronoTime(absl::Now() + absl::Seconds(1)));
     impl_->server->Wait();
@@ -419,6 +516,7 @@ void RpcWorkerGroup::submit(const StepPlan& plan) {
   const int32_t ranks = impl_->options.ranks;
   impl_->pending.push_back({.step = plan.step, .stop = plan.stop, .local = {}, .remote = {}, .missing = ranks});
   impl_->pending.back().remote.resize(ranks - 1);
+  impl_->watchdog.step_submitted(plan.step, plan.token_count(), Clock::now());
   if (!impl_->failure.ok()) return;  // collect() says so
   impl_->local_plans.push_back(plan);
   impl_->changed.notify_all();

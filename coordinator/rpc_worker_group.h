@@ -11,7 +11,9 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "coordinator/watchdog.h"
 #include "coordinator/worker_group.h"
+#include "worker/flight_recorder.h"
 #include "worker/worker_service.h"
 
 namespace octet {
@@ -21,9 +23,12 @@ struct RpcWorkerGroupOptions {
   std::string job_secret;     // printable ASCII; ranks must show it. REQUIRED with more than one rank
   bool remote_ranks = false;  // some ranks are on other nodes: listen on TCP too
   std::string host;           // with remote_ranks: the name under which the other nodes reach this one
-  // Called once, the moment a rank is lost or disagrees, idle or not, on a gRPC or the collecting thread. A rank that
-  // has answered the stop plan cannot be lost. Must not destroy the group.
+  // Called once, the moment a rank is lost, silent or stuck or disagrees, idle or not, on a thread of gRPC's, of the
+  // group or the collecting one. A rank that has answered the stop plan cannot be lost. Must not destroy the group.
   std::function<void(const absl::Status&)> on_failure;
+  WatchdogOptions watchdog;            // the ranks' options have the same silence
+  FlightRecorder* recorder = nullptr;  // rank 0's, with its place; null: nobody records
+  std::string flight_directory;        // where ranks of this node leave their last words; empty: nowhere
 };
 
 class RpcWorkerGroup final : public WorkerGroup {

@@ -16,8 +16,9 @@ class WorkerGroup {
   // for it.
   virtual void submit(const StepPlan& plan) = 0;
 
-  // Waits for the oldest submitted plan. UNAVAILABLE when a rank is gone or disagrees, naming the rank and the cause:
-  // the group is then dead (nothing more is submitted to it, no stop plan either) and so must the process be.
+  // Waits for the oldest submitted plan. UNAVAILABLE when a rank is gone, DEADLINE_EXCEEDED when one is silent or
+  // stuck, INTERNAL when one disagrees, naming the rank and the cause: the group is then dead (nothing more is
+  // submitted to it, no stop plan either) and so must the process be.
   virtual absl::StatusOr<StepResult> collect() = 0;
 
   absl::StatusOr<StepResult> run(const StepPlan& plan) {

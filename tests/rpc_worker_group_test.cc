@@ -67,7 +67,8 @@ class Ranks {
                                    .rank = rank,
                                    .job_secret = secret,
                                    .connect_timeout = absl::Seconds(30),
-                                   .on_lost = [this](const absl::Status&) { ++lost_; }};
+                                   .on_lost = [this](const absl::Status&) { ++lost_; },
+                                   .silence = silence};
       *status = serve_plans(options, run);
     });
   }
@@ -78,6 +79,8 @@ class Ranks {
   const absl::Status& status(size_t i) const { return *statuses_[i]; }
   int lost() const { return lost_; }
 
+  absl::Duration silence = absl::ZeroDuration();
+
  private:
   std::vector<std::thread> threads_;
   std::vector<std::unique_ptr<absl::Status>> statuses_;
@@ -85,7 +88,8 @@ class Ranks {
 };
 
 struct Group {
-  explicit Group(int32_t ranks, WorkerFunction local = fake_worker, bool remote_ranks = false) {
+  explicit Group(int32_t ranks, WorkerFunction local = fake_worker, bool remote_ranks = false,
+                 const WatchdogOptions& watchdog = {}) {
     auto listening = RpcWorkerGroup::listen({.ranks = ranks,
                                              .job_secret = kSecret,
                                              .remote_ranks = remote_ranks,
@@ -94,7 +98,8 @@ struct Group {
                                                  [this](const absl::Status& status) {
                                                    failure = status;
                                                    failed.Notify();  // a second call would end the test
-                                                 }},
+                                                 },
+                                             .watchdog = watchdog},
                                             std::move(local));
     if (!listening.ok()) ADD_FAILURE() << listening.status();
     group = *std::move(listening);
@@ -259,6 +264,60 @@ TEST(RpcWorkerGroup, NoticesALostRankWhileIdle) {
   stream->Finish();
 }
 
+// A rank that says Hello and then nothing, as a process does that is stopped.
+struct SilentRank {
+  SilentRank(const std::string& coordinator, int32_t rank)
+      : stub(internal::v1::WorkerService::NewStub(
+            grpc::CreateChannel(coordinator, grpc::InsecureChannelCredentials()))) {
+    context.AddMetadata("authorization", absl::StrCat("Bearer ", kSecret));
+    stream = stub->Work(&context);
+    internal::v1::RankMessage message;
+    message.mutable_hello()->set_rank(rank);
+    EXPECT_TRUE(stream->Write(message));
+  }
+  ~SilentRank() {
+    context.TryCancel();
+    stream->Finish();
+  }
+  std::unique_ptr<internal::v1::WorkerService::Stub> stub;
+  grpc::ClientContext context;
+  std::unique_ptr<grpc::ClientReaderWriter<internal::v1::RankMessage, internal::v1::Plan>> stream;
+};
+
+TEST(RpcWorkerGroup, NamesARankThatGivesNoSignOfLife) {
+  Group group(3, fake_worker, false, {.floor = std::chrono::seconds(1)});
+  Ranks ranks;
+  ranks.silence = absl::Seconds(1);
+  ranks.start(1, group->local_address(), fake_worker);
+  SilentRank silent(group->local_address(), 2);
+  ASSERT_TRUE(group->wait_for_ranks(absl::Seconds(30)).ok());
+  group.failed.WaitForNotification();
+  EXPECT_EQ(group.failure.code(), absl::StatusCode::kDeadlineExceeded) << group.failure;
+  EXPECT_TRUE(absl::StrContains(group.failure.message(), "2 gave no sign of life")) << group.failure;
+  ranks.join();
+  EXPECT_TRUE(absl::StrContains(ranks.status(0).message(), "2 gave no sign of life")) << ranks.status(0);
+}
+
+TEST(RpcWorkerGroup, NamesARankThatIsStuckAlthoughItGivesSignsOfLife) {
+  absl::Notification let_go;
+  auto stuck = [&](const StepPlan& plan) {
+    if (plan.step == 3) let_go.WaitForNotification();
+    return fake_worker(plan);
+  };
+  Group group(3, fake_worker, false,
+              {.floor = std::chrono::seconds(2), .first = std::chrono::seconds(2), .factor = 20});
+  Ranks ranks;
+  ranks.silence = absl::Seconds(2);
+  ranks.start(1, group->local_address(), fake_worker);
+  ranks.start(2, group->local_address(), stuck);
+  ASSERT_TRUE(group->wait_for_ranks(absl::Seconds(30)).ok());
+  for (uint64_t step = 0; step < 3; ++step) ASSERT_TRUE(group->run(plan_of(step)).ok());
+  const absl::StatusOr<StepResult> result = group->run(plan_of(3));
+  EXPECT_EQ(result.status().code(), absl::StatusCode::kDeadlineExceeded) << result.status();
+  EXPECT_TRUE(absl::StrContains(result.status().message(), "rank 2 is stuck: step 3")) << result.status();
+  let_go.Notify();
+}
+
 TEST(RpcWorkerGroup, NamesTheRankThatSampledOtherTokens) {
   Group group(3);
   auto wrong = [](const StepPlan& plan) {
@@ -272,7 +331,7 @@ TEST(RpcWorkerGroup, NamesTheRankThatSampledOtherTokens) {
   ASSERT_TRUE(group->wait_for_ranks(absl::Seconds(30)).ok());
   for (uint64_t step = 0; step < 3; ++step) ASSERT_TRUE(group->run(plan_of(step)).ok());
   absl::StatusOr<StepResult> result = group->run(plan_of(3));
-  EXPECT_EQ(result.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(result.status().code(), absl::StatusCode::kInternal);
   EXPECT_TRUE(absl::StrContains(result.status().message(), "rank 2 disagrees")) << result.status();
 }
 
@@ -295,7 +354,7 @@ TEST(RpcWorkerGroup, PassesOnAFaultThatAllRanksReportAndDiesOfOneThatNotAllDo) {
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_EQ(result->error, "NaN in the logits");
   result = group->run(plan_of(2));
-  EXPECT_EQ(result.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(result.status().code(), absl::StatusCode::kInternal);
   EXPECT_TRUE(absl::StrContains(result.status().message(), "unknown slot 9")) << result.status();
 }
 
@@ -391,6 +450,18 @@ TEST(RpcWorkerGroup, WaitsForTheStopPlanThatNobodyCollects) {
   EXPECT_TRUE(ranks.status(0).ok()) << ranks.status(0);
   EXPECT_TRUE(ranks.status(1).ok()) << ranks.status(1);
   EXPECT_EQ(stops, 3);
+}
+
+TEST(ServePlans, GivesUpACoordinatorThatGivesNoSignOfLife) {
+  Group group(2);  // without a watchdog rank 0 gives none
+  Ranks ranks;
+  ranks.silence = absl::Milliseconds(500);
+  ranks.start(1, group->local_address(), fake_worker);
+  ASSERT_TRUE(group->wait_for_ranks(absl::Seconds(30)).ok());
+  ranks.join();
+  EXPECT_EQ(ranks.status(0).code(), absl::StatusCode::kDeadlineExceeded) << ranks.status(0);
+  EXPECT_TRUE(absl::StrContains(ranks.status(0).message(), "rank 0 gave no sign of life")) << ranks.status(0);
+  EXPECT_EQ(ranks.lost(), 1);
 }
 
 TEST(ServePlans, SaysWhereItFoundNobody) {

@@ -2,15 +2,19 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "octet/internal/v1/worker.grpc.pb.h"
+#include "worker/awake_clock.h"
 #include "worker/step_wire.h"
 
 namespace octet {
@@ -29,11 +33,23 @@ std::shared_ptr<grpc::Channel> make_channel(const std::string& target) {
   return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
 }
 
+wire_v1::RankMessage sign_of_life(FlightRecorder* recorder) {
+  const Place place = recorder != nullptr ? recorder->place() : Place();
+  wire_v1::RankMessage message;
+  wire_v1::Place* to = message.mutable_place();
+  to->set_step(place.step);
+  to->set_in_step(place.in_step);
+  to->set_collective(place.collective);
+  to->set_in_collective(place.in_collective);
+  return message;
+}
+
 // The stream: reads ahead (plan n+1 arrives while n runs), one write in flight. Every reaction is a gRPC thread's;
-// next() and answer() are the worker thread's.
+// next() and answer() are the worker thread's; signs of life have a thread of their own.
 class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wire_v1::Plan> {
  public:
-  PlanStream(wire_v1::WorkerService::Stub* stub, const WorkerServiceOptions& options) : options_(options) {
+  PlanStream(wire_v1::WorkerService::Stub* stub, const WorkerServiceOptions& options)
+      : options_(options), clock_(absl::ToChronoNanoseconds(options.silence / 2), Clock::now()) {
     context_.AddMetadata("authorization", absl::StrCat("Bearer ", options.job_secret));
     stub->async()->Work(&context_, this);
     sending_.mutable_hello()->set_rank(options.rank);
@@ -41,9 +57,13 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
     StartWrite(&sending_);
     StartRead(&receiving_);
     StartCall();
+    if (options.silence > absl::ZeroDuration()) watch_ = std::thread([this] { watch(); });
   }
 
-  ~PlanStream() override { const std::lock_guard lock(mutex_); }  // OnDone has left its critical section
+  ~PlanStream() override {
+    if (watch_.joinable()) watch_.join();
+    const std::lock_guard lock(mutex_);  // OnDone has left its critical section
+  }
 
   // The next plan as it came, or nothing when the stream ended: status() says how.
   std::optional<wire_v1::Plan> next() {
@@ -85,8 +105,8 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
     }
     {
       const std::lock_guard lock(mutex_);
-      plans_.push_back(std::move(receiving_));
-      changed_.notify_one();
+      heard_ = clock_.at(Clock::now());
+      if (!receiving_.sign_of_life()) take_plan();
     }
     receiving_.Clear();
     StartRead(&receiving_);
@@ -103,7 +123,9 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
     absl::Status result;
     {
       const std::lock_guard lock(mutex_);
-      if (!status.ok()) {
+      if (silent_) {
+        // What the stream says now is our own doing.
+      } else if (!status.ok()) {
         status_ = absl::Status(static_cast<absl::StatusCode>(status.error_code()),
                                absl::StrCat("rank ", options_.rank, ": the plan stream from rank 0 (",
                                             options_.coordinator, ") ended: ", status.error_message()));
@@ -111,16 +133,57 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
         status_ = absl::UnavailableError(absl::StrCat(
             "rank ", options_.rank, ": the coordinator (rank 0) ended the plan stream before the stop plan"));
       }
-      lost = !end_expected_;
+      lost = !end_expected_ && !silent_;
+      end_expected_ = true;  // watch() has nothing to add
       result = status_;
     }
     if (lost && options_.on_lost) options_.on_lost(result);
     const std::lock_guard lock(mutex_);
     done_ = true;  // last: the owner may destroy this once it is seen
+    ended_.notify_one();
     changed_.notify_one();
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+
+  // REQUIRES: mutex_.
+  void take_plan() {
+    if (options_.recorder != nullptr) {
+      options_.recorder->note(FlightEvent::kPlan, receiving_.step(), static_cast<int64_t>(receiving_.ByteSizeLong()));
+    }
+    plans_.push_back(std::move(receiving_));
+    changed_.notify_one();
+  }
+
+  // Gives signs of life and looks for rank 0's, until the stream ends.
+  void watch() {
+    const auto interval = absl::ToChronoNanoseconds(options_.silence / 10);
+    std::unique_lock lock(mutex_);
+    heard_ = clock_.at(Clock::now());
+    while (!ended_.wait_for(lock, interval, [this] { return done_; })) {
+      const auto silence = clock_.at(Clock::now()) - heard_;
+      if (silence > absl::ToChronoNanoseconds(options_.silence) - interval && !end_expected_) {
+        give_up(silence);
+        lock.unlock();
+        if (options_.on_lost) options_.on_lost(status_);
+        return cancel();
+      }
+      if (!reading_ended_) {
+        answers_.push_back(sign_of_life(options_.recorder));
+        write_next();
+      }
+    }
+  }
+
+  // REQUIRES: mutex_.
+  void give_up(Clock::duration silence) {
+    silent_ = true;
+    status_ = absl::DeadlineExceededError(
+        absl::StrFormat("rank 0 gave no sign of life for %.1f s: its process is stopped or its node hangs",
+                        std::chrono::duration<double>(silence).count()));
+  }
+
   // REQUIRES: mutex_.
   void write_next() {
     if (writing_ || answers_.empty()) return;
@@ -133,8 +196,9 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
   const WorkerServiceOptions& options_;
   grpc::ClientContext context_;
   wire_v1::Plan receiving_;
-  std::mutex mutex_;  // guards what follows
-  std::condition_variable changed_;
+  std::mutex mutex_;                 // guards what follows
+  std::condition_variable changed_;  // for the worker thread
+  std::condition_variable ended_;    // for the watch
   std::deque<wire_v1::Plan> plans_;
   std::deque<wire_v1::RankMessage> answers_;
   wire_v1::RankMessage sending_;
@@ -143,6 +207,10 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
   bool end_expected_ = false;
   bool done_ = false;
   absl::Status status_;
+  AwakeClock clock_;
+  Clock::time_point heard_;  // the last word of rank 0, by clock_
+  bool silent_ = false;      // it has been given up
+  std::thread watch_;
 };
 
 wire_v1::RankMessage to_answer(const StepResult& result) {
@@ -179,6 +247,7 @@ absl::Status serve_plans(const WorkerServiceOptions& options, const WorkerFuncti
     }
     if (plan->stop) stream.expect_end();
     stream.answer(to_answer(run(*plan)));
+    if (options.recorder != nullptr) options.recorder->note(FlightEvent::kAnswer, plan->step, 0);
     if (plan->stop) break;
   }
   return stream.status();
