@@ -16,6 +16,7 @@
 #include "kernels/calibrate.h"
 #include "launch/bootstrap.h"
 #include "launch/findings.h"
+#include "launch/last_flight.h"
 #include "launch/probe.h"
 #include "launch/progress.h"
 #include "launch/version.h"
@@ -38,6 +39,7 @@ constexpr double kReadSeconds = 3.0;
 struct DoctorOptions {
   std::string model;
   bool json = false;
+  std::string last_flight;  // with --last: the directory, empty for this machine's last one
 };
 
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
@@ -213,10 +215,21 @@ void add_doctor_command(CLI::App& app, int* exit_code) {
   command->footer(
       "mpirun -np 8 --bind-to none octet doctor --model Llama-3.1-405B-Instruct-FP8\n"
       "srun --mpi=pmix -N 2 -n 8 octet doctor || scontrol requeue $SLURM_JOB_ID\n"
+      "octet doctor --last                 by which rank the last job failed, and what every rank did then\n"
       "Exit status: 0, with warnings or without; 1 when something is wrong.");
-  command->add_option("--model", options->model, "Look at this model's files too, from every rank");
+  CLI::Option* model =
+      command->add_option("--model", options->model, "Look at this model's files too, from every rank");
   command->add_flag("--json", options->json, "One JSON object with findings and facts instead of lines");
-  command->callback([options, exit_code] { *exit_code = run_doctor(*options); });
+  CLI::Option* last =
+      command
+          ->add_option("--last", options->last_flight,
+                       "Instead: what the ranks left of this machine's last job that failed, or what lies in this "
+                       "--flight-directory")
+          ->expected(0, 1)
+          ->excludes(model);
+  command->callback([options, last, exit_code] {
+    *exit_code = last->count() > 0 ? tell_last_flight(options->last_flight) : run_doctor(*options);
+  });
 }
 
 }  // namespace octet

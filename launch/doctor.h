@@ -1,4 +1,5 @@
-// octet doctor: looks at the ranks that it is given, and at what lies between them, before a server is started there.
+// octet doctor: looks at the ranks that it is given, and at what lies between them, before a server is started there;
+// or at what the ranks of a job that failed have left.
 #pragma once
 
 #include <CLI/CLI.hpp>

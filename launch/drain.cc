@@ -23,6 +23,8 @@ namespace {
 
 // What a dying mpirun leaves of its two seconds for letting work end; the rest is for saying goodbye.
 constexpr absl::Duration kHaste = absl::Seconds(1);
+// In which the failure shows that mpirun dies of: both learn of a rank's end at the same time.
+constexpr absl::Duration kMoment = absl::Milliseconds(100);
 
 // Set before handlers are installed: a handler reads and writes, it does nothing else.
 int wake_event = -1;
@@ -99,6 +101,8 @@ void Drain::give(DrainOrder order) {
     const std::lock_guard lock(mutex_);
     // A failure counts even after an order to drain: there is nobody left who could.
     if (ordered_ && (order.failure.ok() || !order_.failure.ok())) return;
+    if (order.hasty) may_fail_until_ = absl::Now() + kMoment;
+    if (!order.failure.ok()) may_fail_until_ = absl::InfinitePast();
     ordered_ = true;
     order_ = std::move(order);
   }
@@ -118,11 +122,13 @@ DrainOrder Drain::wait(absl::Time latest) {
             .failure = absl::OkStatus()});
     }
     if (absl::Now() >= latest) request("the job's time ends");
+    absl::Time until = latest;
     {
       const std::lock_guard lock(mutex_);
-      if (ordered_) return order_;
+      if (ordered_ && absl::Now() >= may_fail_until_) return order_;
+      if (ordered_) until = may_fail_until_;
     }
-    const absl::Duration left = std::clamp(latest - absl::Now(), absl::ZeroDuration(), absl::Hours(1));
+    const absl::Duration left = std::clamp(until - absl::Now(), absl::ZeroDuration(), absl::Hours(1));
     pollfd event{.fd = wake_event, .events = POLLIN, .revents = 0};
     if (poll(&event, 1, static_cast<int>(absl::ToInt64Milliseconds(left)) + 1) > 0) {
       uint64_t wakes = 0;

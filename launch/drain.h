@@ -39,7 +39,8 @@ class Drain {
   // The first cause of fail(), even after an order to drain; OK before any. Any thread.
   absl::Status failure() const;
 
-  // Waits for the order; at `latest` gives it.
+  // Waits for the order; at `latest` gives it. When mpirun is dying, waits a moment longer for what it dies of: if that
+  // is a rank, the order is its failure.
   DrainOrder wait(absl::Time latest = absl::InfiniteFuture());
 
  private:
@@ -48,6 +49,7 @@ class Drain {
   mutable std::mutex mutex_;
   bool ordered_ = false;
   DrainOrder order_;
+  absl::Time may_fail_until_ = absl::InfinitePast();
   bool catching_ = false;
 };
 

@@ -14,13 +14,16 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
 #include "coordinator/rpc_worker_group.h"
 #include "launch/bootstrap.h"
+#include "launch/flight_directory.h"
 #include "launch/progress.h"
 #include "launch/version.h"
 #include "worker/checkpoint/checkpoint.h"
 #include "worker/checkpoint/inspect.h"
 #include "worker/collective/mpi_communicator.h"
+#include "worker/flight_recorder.h"
 #include "worker/kv_cache.h"
 #include "worker/numerics.h"
 #include "worker/worker.h"
@@ -36,6 +39,24 @@ std::string host_name() {
   return name;
 }
 
+// What a process that has failed may take to end its calls, and one that is done to say goodbye to the others.
+constexpr unsigned kSecondsToFail = 5, kSecondsToLeave = 30;
+
+volatile sig_atomic_t late_exit_status = 1;
+
+// Who watches the watchdog: whatever the threads of this process are stuck in, the kernel ends it after so long.
+void end_within(unsigned seconds, int exit_status) {
+  late_exit_status = exit_status;
+  signal(SIGALRM, [](int) { _exit(late_exit_status); });
+  alarm(seconds);
+}
+
+LastWordsKind kind_of(const absl::Status& cause) {
+  if (absl::IsDeadlineExceeded(cause)) return LastWordsKind::kWatchdog;
+  if (absl::IsInternal(cause)) return LastWordsKind::kDeviceError;
+  return LastWordsKind::kLost;
+}
+
 // Members are declared in the order in which they are made and outlive what uses them.
 class Rank {
  public:
@@ -43,8 +64,17 @@ class Rank {
       : options_(options), bootstrap_(bootstrap), leader_(leader) {}
 
   int run() {
+    const int exit_status = live();
+    // An end that all ranks have come to is nothing to look into.
+    if (recorder_) recorder_->remove();
+    return exit_status;
+  }
+
+ private:
+  int live() {
     // Each phase ends with agree(): what fails on one rank fails on all, before anyone waits for it.
-    for (auto phase : {&Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::load, &Rank::open_plan_streams}) {
+    for (auto phase :
+         {&Rank::open_flight, &Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::load, &Rank::open_plan_streams}) {
       if (const absl::Status status = bootstrap_.agree((this->*phase)()); !status.ok()) {
         if (leads()) log_line(LogLevel::kError, std::string(status.message()));  // the same on every rank: one says it
         return absl::IsUnavailable(status) ? options_.lost : options_.refused;
@@ -60,16 +90,42 @@ class Rank {
     // Beyond this point ranks cannot agree any more: one that fails goes at once, and the others notice.
     if (!status.ok()) end_process(status.status());
     // A clean end is everybody's: the launcher must not take the rank that it hears of first for the job's word.
-    return std::atoi(bootstrap_.broadcast(absl::StrCat(*status)).c_str());
+    if (leads()) end_within(kSecondsToLeave, options_.lost);
+    const int exit_status = std::atoi(bootstrap_.broadcast(absl::StrCat(*status)).c_str());
+    end_within(kSecondsToLeave, options_.lost);
+    return exit_status;
   }
 
- private:
   bool leads() const { return bootstrap_.rank() == 0; }
 
   // The last resort: a rank inside a collective whose peers are gone never comes back, so its process ends here.
   [[noreturn]] void end_process(const absl::Status& cause) const {
+    begin_to_fail(cause);
     log_line(LogLevel::kError, absl::StrFormat("rank %d ends: %s", bootstrap_.rank(), std::string(cause.message())));
     std::_Exit(options_.lost);
+  }
+
+  // The cause is on record before anything else is tried.
+  void begin_to_fail(const absl::Status& cause) const {
+    recorder_->last_words(kind_of(cause), std::string(cause.message()));
+    end_within(kSecondsToFail, options_.lost);
+  }
+
+  absl::Status open_flight() {
+    const std::string job = bootstrap_.broadcast(leads() ? new_job_name(absl::Now()) : "");
+    flight_directory_ = options_.flight_directory;
+    if (flight_directory_.empty()) {
+      absl::StatusOr<std::string> directory = job_directory(flight_home(), job);
+      if (!directory.ok()) return directory.status();
+      flight_directory_ = *directory;
+    }
+    absl::StatusOr<std::unique_ptr<FlightRecorder>> recorder =
+        FlightRecorder::create(flight_directory_, bootstrap_.rank(), bootstrap_.size(), job);
+    if (!recorder.ok()) return recorder.status();
+    recorder_ = *std::move(recorder);
+    recorder_->catch_crashes();
+    recorder_->note(FlightEvent::kStart);
+    return absl::OkStatus();
   }
 
   absl::Status open_model() {
@@ -161,6 +217,7 @@ class Rank {
   }
 
   absl::Status load() {
+    recorder_->note(FlightEvent::kLoad);
     const bool spin = bootstrap_.each_thread_has_a_core(threads_);
     stream_.emplace(Stream::CpuOptions{.threads = threads_, .isa = options_.runtime.isa, .spin = spin});
     MpiCommunicatorOptions window{.wait = {.spin = spin}};
@@ -181,7 +238,7 @@ class Rank {
     weights_.emplace(*std::move(weights));
     if (progress) progress->finish(static_cast<int64_t>(weights_->memory().size()));
     worker_.emplace(*stream_, *communicator_, checkpoint_->config(), *shard_, *weights_,
-                    KvCache(checkpoint_->config(), *shard_, plan_->limits.blocks), plan_->limits);
+                    KvCache(checkpoint_->config(), *shard_, plan_->limits.blocks), plan_->limits, recorder_.get());
     return absl::OkStatus();
   }
 
@@ -192,27 +249,44 @@ class Rank {
                                   .job_secret = absl::BytesToHexString(bootstrap_.job_secret()),
                                   .remote_ranks = bootstrap_.local_size() < bootstrap_.size(),
                                   .host = host_name(),
-                                  .on_failure = [this](const absl::Status& cause) { drain_->fail(cause); }};
-    absl::StatusOr<std::unique_ptr<RpcWorkerGroup>> group =
-        RpcWorkerGroup::listen(options, [this](const StepPlan& plan) { return worker_->run(plan); });
+                                  .on_failure =
+                                      [this](const absl::Status& cause) {
+                                        begin_to_fail(cause);
+                                        drain_->fail(cause);
+                                      },
+                                  .watchdog = {.floor = absl::ToChronoNanoseconds(silence())},
+                                  .recorder = recorder_.get(),
+                                  .flight_directory = flight_directory_};
+    absl::StatusOr<std::unique_ptr<RpcWorkerGroup>> group = RpcWorkerGroup::listen(options, run_function());
     if (!group.ok()) return group.status();
     group_ = *std::move(group);
     return absl::OkStatus();
   }
 
+  absl::Duration silence() const { return absl::Seconds(options_.watchdog_floor_seconds); }
+
+  WorkerFunction run_function() {
+    WorkerFunction run = [this](const StepPlan& plan) { return worker_->run(plan); };
+    return options_.fault ? with_fault(*options_.fault, bootstrap_.rank(), std::move(run)) : run;
+  }
+
   absl::StatusOr<int> follow(const std::string& coordinator) {
+    recorder_->note(FlightEvent::kReady);
     // Rank 0 decides, and the stop plan says so.
     for (int number : {SIGINT, SIGTERM, SIGUSR1}) signal(number, SIG_IGN);
     const absl::Status status = serve_plans({.coordinator = coordinator,
                                              .rank = bootstrap_.rank(),
                                              .job_secret = absl::BytesToHexString(bootstrap_.job_secret()),
-                                             .on_lost = [this](const absl::Status& cause) { end_process(cause); }},
-                                            [this](const StepPlan& plan) { return worker_->run(plan); });
+                                             .on_lost = [this](const absl::Status& cause) { end_process(cause); },
+                                             .silence = silence(),
+                                             .recorder = recorder_.get()},
+                                            run_function());
     if (!status.ok()) return status;
     return 0;  // rank 0's word counts
   }
 
   absl::StatusOr<int> lead() {
+    recorder_->note(FlightEvent::kReady);
     if (absl::Status status = group_->wait_for_ranks(absl::Seconds(60)); !status.ok()) return status;
     if (absl::Status status = warm_up(); !status.ok()) return status;
     drain_->catch_signals();
@@ -240,6 +314,8 @@ class Rank {
   const RankOptions& options_;
   Bootstrap& bootstrap_;
   Leader* const leader_;
+  std::string flight_directory_;
+  std::unique_ptr<FlightRecorder> recorder_;
   std::optional<Checkpoint> checkpoint_;
   std::optional<ShardSpec> shard_;
   std::optional<MemoryPlan> plan_;
@@ -268,6 +344,25 @@ void add_rank_options(CLI::App& command, RankOptions* options) {
           },
           "Lines on standard error: text, or json, one object each [text]")
       ->check(CLI::IsMember({"text", "json"}));
+  command.add_option("--flight-directory", options->flight_directory,
+                     "Where each rank keeps its last steps and last words for octet doctor --last; a clean end removes "
+                     "them [a directory in /dev/shm for each of the last jobs]");
+  command
+      .add_option("--watchdog-floor-seconds", options->watchdog_floor_seconds,
+                  "A rank without a sign of life for so long is lost; a step may take as long, or 20 times as long as "
+                  "such steps do. 0: no watchdog, for debuggers")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      .add_option_function<std::string>(
+          "--inject-fault",
+          [options](const std::string& text) {
+            absl::StatusOr<Fault> fault = parse_fault(text);
+            if (!fault.ok()) throw CLI::ValidationError("--inject-fault", std::string(fault.status().message()));
+            options->fault = *fault;
+          },
+          "For tests: rank=1,step=20,kind=segv, or token=123,kind=segv; kinds are segv, check, hang and exit")
+      ->group("");  // hidden
   command.add_option("--pretend-nodes", options->pretend_nodes,
                      "Treat ranks as if on several nodes, 2+1: exercises the way between nodes on one machine");
 }

@@ -14,6 +14,7 @@
 #include "coordinator/served_model.h"
 #include "coordinator/worker_group.h"
 #include "launch/drain.h"
+#include "launch/fault.h"
 #include "launch/log.h"
 #include "launch/options.h"
 #include "worker/memory_plan.h"
@@ -25,6 +26,9 @@ struct RankOptions {
   RuntimeOptions runtime;
   std::string pretend_nodes;
   LogFormat log_format = LogFormat::kText;
+  std::string flight_directory;         // where the ranks leave their flights; empty: flight_home()
+  double watchdog_floor_seconds = 5.0;  // WatchdogOptions::floor
+  std::optional<Fault> fault;           // for tests
   // Exit status of a job that cannot start as it was asked for, and of one that another try may bring further: ranks
   // were lost on the way.
   int refused = 1, lost = 1;

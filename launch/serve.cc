@@ -75,14 +75,11 @@ class Serving final : public Leader {
     if (absl::Status status = open(job); !status.ok()) return status;
     const absl::Duration patience = absl::Seconds(options_.drain_seconds);
     const DrainOrder order = job.drain->wait(job_end() - patience - kGoodbye);
-    if (!order.failure.ok()) {
-      server_->shutdown(order.failure, absl::Seconds(1));
-      return order.failure;
+    if (order.failure.ok()) finish_requests(order, patience);
+    if (absl::Status cause = job.drain->failure(); !cause.ok()) {
+      server_->shutdown(cause, absl::Seconds(1));
+      return cause;
     }
-    log("draining: " + order.reason);
-    server_->drain();
-    engine_->drain();
-    engine_->wait_idle(std::chrono::steady_clock::now() + absl::ToChronoMilliseconds(order.time_left(patience)));
     server_->shutdown(absl::UnavailableError("the server is shutting down"), absl::Milliseconds(500));
     if (metrics_) metrics_->close();
     engine_.reset();  // sends the stop plan
@@ -105,6 +102,13 @@ class Serving final : public Leader {
     metrics_ = *std::move(metrics);
     log(absl::StrFormat("metrics at http://%s/metrics", metrics_->address()));
     return absl::OkStatus();
+  }
+
+  void finish_requests(const DrainOrder& order, absl::Duration patience) {
+    log("draining: " + order.reason);
+    server_->drain();
+    engine_->drain();
+    engine_->wait_idle(std::chrono::steady_clock::now() + absl::ToChronoMilliseconds(order.time_left(patience)));
   }
 
   absl::Status open(const Job& job) {
