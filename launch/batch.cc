@@ -5,10 +5,13 @@
 #include <algorithm>
 #include <condition_variable>
 #include <cstdio>
+#include <filesystem>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -30,6 +33,7 @@
 #include "launch/progress.h"
 #include "launch/rank.h"
 #include "launch/version.h"
+#include "worker/flight.h"
 
 namespace octet {
 namespace {
@@ -52,10 +56,42 @@ struct BatchOptions {
 
 int exit_status_of(const BatchTotals& totals) { return totals.failed == 0 ? kAllDone : kDoneWithErrors; }
 
+std::string process_name(const std::string& host, pid_t pid) { return absl::StrCat(host, ", process ", pid); }
+
 std::string whoami() {
   char host[256] = {};
   gethostname(host, sizeof host - 1);
-  return absl::StrCat(host, ", process ", getpid());
+  return process_name(host, getpid());
+}
+
+// Beside the journal, so that whichever machine goes on with the job finds them.
+std::string flights_of(const std::string& output) { return batch_directory(output) + "/flights"; }
+
+// The flights of the run whose rank 0 was `writer`; empty when it has left none.
+std::vector<Flight> flights_of_run(const std::string& home, const std::string& writer) {
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(home, error)) {
+    absl::StatusOr<std::vector<Flight>> flights = read_flights(entry.path());
+    if (!flights.ok() || flights->empty()) continue;
+    const Flight& first = flights->front();
+    if (first.rank == 0 && process_name(first.host, first.pid) == writer) return *std::move(flights);
+  }
+  return {};
+}
+
+// Whether an earlier run's end may be the fault of the lines that were in flight then: only if a rank's last words say
+// so. Ranks that were killed, and those that lost them, say nothing against a line.
+void judge(int epoch, const std::string& home, Journal* journal) {
+  const absl::StatusOr<std::string> writer = journal->writer_of(epoch);
+  for (const Flight& flight : writer.ok() ? flights_of_run(home, *writer) : std::vector<Flight>()) {
+    if (!blames_the_work(flight.kind)) continue;
+    const std::string cause = absl::StrCat("rank ", flight.rank, ": ", flight.last_words);
+    log_line(LogLevel::kWarning,
+             absl::StrCat("run ", epoch, " ended by ", name_of(flight.kind), ", which counts against the ",
+                          journal->in_flight(epoch).size(), " lines that were in flight; ", cause));
+    return journal->judge(epoch, /*counts=*/true, cause);
+  }
+  journal->judge(epoch, /*counts=*/false, "no rank's last words blame the work");
 }
 
 absl::StatusOr<std::pair<int32_t, int32_t>> parse_shard(const std::string& text) {
@@ -192,7 +228,8 @@ class Batching final : public Leader {
       if (absl::Status status = write_provenance(job); !status.ok()) return status;
       return exit_status_of(*batch_->done());
     }
-    const Journal& journal = batch_->journal();
+    Journal& journal = batch_->journal();
+    for (const int epoch : journal.unjudged()) judge(epoch, flights_of(options_.output), &journal);
     std::string begin = absl::StrFormat("job %s: %d of %d lines are answered, run %d", batch_->id().substr(0, 12),
                                         journal.answers(), batch_->lines(), journal.epoch());
     if (const int64_t lost = journal.in_flight_last(); lost > 0) {
@@ -365,6 +402,7 @@ void add_batch_command(CLI::App& app, int* exit_code) {
   command->require_subcommand(0, 1);
   command->callback([command, options, exit_code] {
     if (!command->get_subcommands().empty()) return;
+    options->rank.flight_home = flights_of(options->output);
     Batching batching(*options);
     *exit_code = run_rank(options->rank, &batching);
   });

@@ -74,7 +74,7 @@ class Rank {
   int live() {
     // Each phase ends with agree(): what fails on one rank fails on all, before anyone waits for it.
     for (auto phase :
-         {&Rank::open_flight, &Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::load, &Rank::open_plan_streams}) {
+         {&Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::open_flight, &Rank::load, &Rank::open_plan_streams}) {
       if (const absl::Status status = bootstrap_.agree((this->*phase)()); !status.ok()) {
         if (leads()) log_line(LogLevel::kError, std::string(status.message()));  // the same on every rank: one says it
         return absl::IsUnavailable(status) ? options_.lost : options_.refused;
@@ -115,12 +115,15 @@ class Rank {
     const std::string job = bootstrap_.broadcast(leads() ? new_job_name(absl::Now()) : "");
     flight_directory_ = options_.flight_directory;
     if (flight_directory_.empty()) {
-      absl::StatusOr<std::string> directory = job_directory(flight_home(), job);
+      const std::string home = options_.flight_home.empty() ? flight_home() : options_.flight_home;
+      absl::StatusOr<std::string> directory = job_directory(home, job);
       if (!directory.ok()) return directory.status();
       flight_directory_ = *directory;
     }
     absl::StatusOr<std::unique_ptr<FlightRecorder>> recorder =
         FlightRecorder::create(flight_directory_, bootstrap_.rank(), bootstrap_.size(), job);
+    // A full disk may have room again, as far as a job is concerned.
+    if (absl::IsResourceExhausted(recorder.status())) return absl::UnavailableError(recorder.status().message());
     if (!recorder.ok()) return recorder.status();
     recorder_ = *std::move(recorder);
     recorder_->catch_crashes();

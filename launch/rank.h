@@ -26,7 +26,8 @@ struct RankOptions {
   RuntimeOptions runtime;
   std::string pretend_nodes;
   LogFormat log_format = LogFormat::kText;
-  std::string flight_directory;         // where the ranks leave their flights; empty: flight_home()
+  std::string flight_directory;         // where the ranks leave their flights; empty: one of the job's in flight_home
+  std::string flight_home;              // empty: this machine's, flight_home()
   double watchdog_floor_seconds = 5.0;  // WatchdogOptions::floor
   std::optional<Fault> fault;           // for tests
   // Exit status of a job that cannot start as it was asked for, and of one that another try may bring further: ranks

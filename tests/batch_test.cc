@@ -54,6 +54,12 @@ const std::string& model() {
   return kModel;
 }
 
+// The token of a letter in the random models' vocabulary.
+int token_of(char letter) {
+  const json vocabulary = json::parse(read_file(model() + "/tokenizer.json"))["model"]["vocab"];
+  return vocabulary.at(std::string(1, letter));
+}
+
 json line_of(const std::string& id, json body) {
   return {{"custom_id", id}, {"method", "POST"}, {"url", "/v1/completions"}, {"body", std::move(body)}};
 }
@@ -113,11 +119,11 @@ std::vector<pid_t> tree(pid_t root) {
 
 // Waits until nothing of a killed job is left, and ends what does not end by itself: a rank whose mpirun is gone does.
 void wait_for_end(const std::vector<pid_t>& pids) {
-  for (int i = 0; i < 400; ++i) {
+  for (int i = 0; i < 1200; ++i) {
     if (std::ranges::none_of(pids, alive)) return;
     std::this_thread::sleep_for(milliseconds(25));
   }
-  ADD_FAILURE() << "a killed job is still there after 10 s";
+  ADD_FAILURE() << "a killed job is still there after 30 s";
   for (pid_t pid : pids) kill(pid, SIGKILL);
 }
 
@@ -305,6 +311,7 @@ TEST(Batch, SurvivesRandomKillsWithTheSameBytes) {
   int killed = 0, finished = 0, in_finish = 0, recomputed = 0, counted = 0, most = 0;
   while (killed < kills()) {
     const std::string output = fresh_path("o.jsonl");
+    std::vector<pid_t> orphans;
     while (true) {
       const int ranks = 1 + static_cast<int>(random() % 3);
       std::vector<std::string> command = mpirun(ranks, batch(input, output));
@@ -326,10 +333,16 @@ TEST(Batch, SurvivesRandomKillsWithTheSameBytes) {
       const std::vector<pid_t> pids = tree(process.pid());
       const bool ended = !process.running() || killed >= kills();
       if (!ended) {
-        kill(pids[random() % pids.size()], SIGKILL);
+        const pid_t victim = pids[random() % pids.size()];
+        kill(victim, SIGKILL);
         ++killed;
         in_finish += finishing ? 1 : 0;
-        wait_for_end(pids);
+        // What a killed script has started goes on, and meets the next run.
+        if (script && victim == process.pid()) {
+          orphans.insert(orphans.end(), pids.begin(), pids.end());
+        } else {
+          wait_for_end(pids);
+        }
       }
       const int status = process.wait(seconds(120));
       if (const std::optional<Beginning> began = beginning_of(process.err());
@@ -345,6 +358,7 @@ TEST(Batch, SurvivesRandomKillsWithTheSameBytes) {
       break;
     }
     ++finished;
+    wait_for_end(orphans);
     const std::string bytes = read_file(output);
     ASSERT_EQ(std::ranges::count(bytes, '\n'), 1200);
     ASSERT_TRUE(bytes == expected) << "the output differs from an uninterrupted run's";
@@ -355,6 +369,39 @@ TEST(Batch, SurvivesRandomKillsWithTheSameBytes) {
       "%d kills (%d while the output was written) over %d jobs of 1200 lines: lines lost 0, duplicated 0, bytes "
       "equal; %.1f lines recomputed per kill, %d at most\n",
       killed, in_finish, finished, counted == 0 ? 0.0 : static_cast<double>(recomputed) / counted, most);
+}
+
+// A line whose prompt has a token that kills whoever computes it.
+TEST(Batch, ClosesALineThatKillsTheEngineAndAnswersTheOthers) {
+  std::string text;
+  for (int i = 0; i < 60; ++i) {
+    // The test's tokenizer has a token for each byte: "~" is the poison, and nobody else has it.
+    const json body = {
+        {"prompt", absl::StrCat("line ", i, i == 33 ? " ~" : "")}, {"max_tokens", 20}, {"ignore_eos", true}};
+    absl::StrAppend(&text, line_of(absl::StrCat("r", i), body).dump(), "\n");
+  }
+  const std::string input = write_file("in.jsonl", text), output = fresh_path("o.jsonl");
+  const std::vector<std::string> command =
+      batch(input, output, {"--inject-fault", absl::StrCat("rank=1,kind=segv,token=", token_of('~'))});
+  Finished finished;
+  int runs = 0;
+  do {
+    finished = run(2, command);
+    ASSERT_NE(finished.status, kRefused) << finished.err;
+  } while (finished.status != kDoneWithErrors && ++runs < 10);
+  EXPECT_EQ(runs, 3) << finished.err;
+  std::ifstream file(output);
+  std::string line;
+  for (int i = 0; i < 60; ++i) {
+    ASSERT_TRUE(std::getline(file, line));
+    const json answer = json::parse(line);
+    EXPECT_EQ(answer["custom_id"], absl::StrCat("r", i));
+    if (i == 33) {
+      EXPECT_EQ(answer["error"]["code"], "engine_crash") << line;
+    } else {
+      EXPECT_EQ(answer["response"]["status_code"], 200) << line;
+    }
+  }
 }
 
 TEST(Batch, LeavesNoDuplicateWhenAZombieWakesUp) {

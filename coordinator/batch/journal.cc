@@ -238,6 +238,8 @@ std::vector<int> Journal::unjudged() const {
   return epochs;
 }
 
+absl::StatusOr<std::string> Journal::writer_of(int epoch) const { return options_.disk->read(path(epoch_name(epoch))); }
+
 int64_t Journal::in_flight_last() const {
   const auto own = in_flight_.lower_bound(epoch_);
   return own == in_flight_.begin() ? 0 : static_cast<int64_t>(std::prev(own)->second.size());
@@ -363,7 +365,7 @@ absl::Status Journal::commit() {
 }
 
 absl::Status Journal::check_fence() const {
-  const absl::StatusOr<std::string> later = options_.disk->read(path(epoch_name(epoch_ + 1)));
+  const absl::StatusOr<std::string> later = writer_of(epoch_ + 1);
   if (absl::IsNotFound(later.status())) return absl::OkStatus();
   if (!later.ok()) return later.status();
   return absl::AbortedError(

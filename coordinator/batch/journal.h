@@ -62,7 +62,8 @@ class Journal {
   // Epochs that ended with lines in flight and have not been judged.
   std::vector<int> unjudged() const;
   const std::set<int64_t>& in_flight(int epoch) const { return in_flight_.at(epoch); }
-  int64_t in_flight_last() const;  // how many, in the last epoch that ran any
+  int64_t in_flight_last() const;                          // how many, in the last epoch that ran any
+  absl::StatusOr<std::string> writer_of(int epoch) const;  // JournalOptions::writer of that run
   // Notes whether the end of that epoch counts as a try of the lines that were in flight then.
   void judge(int epoch, bool counts, std::string_view cause);
   // Tries of a line that is not answered; lines without any are not in it.
