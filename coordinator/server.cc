@@ -28,6 +28,7 @@
 #include "coordinator/listen_address.h"
 #include "coordinator/rpc_status.h"
 #include "grpc/health/v1/health.pb.h"
+#include "nlohmann/json.hpp"
 
 namespace octet {
 namespace {
@@ -95,10 +96,16 @@ absl::Status check_socket_path(const std::string& path) {
 }
 
 // Readers find the whole file or none.
-absl::Status write_address_file(const std::string& path, const std::string& address) {
+absl::Status write_address_file(const ServerOptions& options, const std::string& address) {
+  const std::string& path = options.address_file;
+  nlohmann::ordered_json content = {{"grpc", address}, {"pid", getpid()}};
+  if (!options.job_id.empty()) content["job_id"] = options.job_id;
+  if (options.job_end != absl::InfiniteFuture()) {
+    content["job_end"] = absl::FormatTime(absl::RFC3339_sec, options.job_end, absl::UTCTimeZone());
+  }
   const std::string temporary = absl::StrCat(path, ".", getpid(), ".tmp");
   std::ofstream file(temporary);
-  file << "{\"grpc\": \"" << address << "\", \"pid\": " << getpid() << "}\n";
+  file << content.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) << "\n";
   file.close();
   if (!file.fail() && std::rename(temporary.c_str(), path.c_str()) == 0) return absl::OkStatus();
   const int error = errno;
@@ -247,7 +254,7 @@ absl::Status Server::open(const ServerFacts& facts, std::shared_ptr<const Served
   impl_->control.open(facts, std::move(model), engine);
   impl_->set_serving(true);
   if (impl_->options.address_file.empty()) return absl::OkStatus();
-  absl::Status status = write_address_file(impl_->options.address_file, impl_->address);
+  absl::Status status = write_address_file(impl_->options, impl_->address);
   impl_->address_file_written = status.ok();
   return status;
 }
@@ -255,6 +262,7 @@ absl::Status Server::open(const ServerFacts& facts, std::shared_ptr<const Served
 void Server::drain() {
   const std::lock_guard lock(impl_->mutex);
   if (impl_->draining.exchange(true)) return;
+  if (impl_->address_file_written) unlink(impl_->options.address_file.c_str());  // nobody shall come any more
   impl_->set_serving(false);
   impl_->inference.refuse(with_reason(
       absl::UnavailableError("the server is shutting down and takes no new requests: ask another one"), "DRAINING"));
@@ -263,7 +271,6 @@ void Server::drain() {
 void Server::shutdown(const absl::Status& cause, absl::Duration patience) {
   if (impl_->server == nullptr) return;
   drain();
-  if (impl_->address_file_written) unlink(impl_->options.address_file.c_str());
   impl_->inference.end_all(absl::UnavailableError(cause.message()));
   const absl::Time deadline = absl::Now() + patience;
   while (impl_->inference.calls() > 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(1));

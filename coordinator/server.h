@@ -19,11 +19,14 @@ namespace octet {
 
 struct ServerOptions {
   std::string address;          // HOST:PORT; port 0: one that is free
-  std::string address_file;     // written when serving, removed at shutdown; empty: none
+  std::string address_file;     // there from open() to drain(); empty: none
   std::string control_address;  // HOST:PORT or unix:/PATH of ControlService; empty: beside the others
   AccessOptions access;         // of both; a Unix socket is its owner's alone and needs none
   std::string advertise_host;   // what others call this machine; empty: its host name. Only for wildcard addresses
-  bool channelz = false;        // serve grpc.channelz, for looking into connections
+  // Of the batch system's job, for the address file: its name, empty for none, and when it will end.
+  std::string job_id;
+  absl::Time job_end = absl::InfiniteFuture();
+  bool channelz = false;  // serve grpc.channelz, for looking into connections
   StreamLimits streams;
   std::function<void()> on_drain;  // ControlService.Drain was called. Any thread; returns at once
   CallListener on_call_end;
@@ -45,7 +48,8 @@ class Server {
   // Serves. `engine` must outlive shutdown(). Fails when the address file cannot be written.
   absl::Status open(const ServerFacts& facts, std::shared_ptr<const ServedModel> model, Engine* engine);
 
-  // Health says NOT_SERVING, new requests are refused with UNAVAILABLE, those under way go on. Any thread.
+  // Health says NOT_SERVING, the address file is gone, new requests are refused with UNAVAILABLE, those under way go
+  // on. Any thread.
   void drain();
 
   // Ends every stream with UNAVAILABLE and this cause, gives clients until `patience` has passed to take it, and stops

@@ -19,7 +19,7 @@ GGUF_SHA256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 BUILD_PACKAGES=(cmake g++ ninja-build pkg-config libabsl-dev libcli11-dev libgrpc++-dev libopenmpi-dev libpcre2-dev
   libprotobuf-dev libsodium-dev libspdlog-dev libssl-dev nlohmann-json3-dev openmpi-bin prometheus-cpp-dev
   protobuf-compiler protobuf-compiler-grpc python3 python3-pip)
-TEST_PACKAGES=(libgmock-dev libgtest-dev python3-grpcio)
+TEST_PACKAGES=(libgmock-dev libgtest-dev libpmix2 munge python3-grpcio slurm-wlm)
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "$(basename "$0"): $*"; exit 1; }
@@ -120,11 +120,12 @@ as_root() {
 }
 
 # Progress goes to descriptor 3, which apt closes for dpkg: with 1 there, maintainer scripts would have no output and fail.
-# It is opened inside, because sudo closes what it does not know.
+# It is opened inside, because sudo closes what it does not know. Services that come with a package (munge, Slurm) are
+# not started, whether by systemd or by init scripts.
 apt() {
   # shellcheck disable=SC2016  # "$@" is meant for the inner shell
-  as_root env DEBIAN_FRONTEND=noninteractive sh -c 'exec apt-get "$@" 3>&1' apt-get -q -y -o Acquire::Retries=3 \
-    -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -o APT::Status-Fd=3 "$@"
+  as_root env DEBIAN_FRONTEND=noninteractive SYSTEMD_OFFLINE=1 RUNLEVEL=1 sh -c 'exec apt-get "$@" 3>&1' apt-get -q -y \
+    -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 -o APT::Status-Fd=3 "$@"
 }
 
 require_root_or_sudo() {  # PACKAGE...

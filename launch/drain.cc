@@ -146,4 +146,9 @@ absl::Time job_end(const char* (*variable)(const char* name)) {
 
 absl::Time job_end() { return job_end(environment); }
 
+std::string job_id() {
+  const char* id = environment("SLURM_JOB_ID");
+  return id == nullptr ? "" : id;
+}
+
 }  // namespace octet

@@ -57,5 +57,7 @@ class Drain {
 // getenv() or a test's.
 absl::Time job_end(const char* (*variable)(const char* name));
 absl::Time job_end();
+// The batch system's name of this job, from SLURM_JOB_ID; empty without one.
+std::string job_id();
 
 }  // namespace octet

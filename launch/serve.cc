@@ -54,6 +54,8 @@ class Serving final : public Leader {
   absl::StatusOr<std::optional<int>> prepare(const Job& job) override {
     if (absl::Status status = listen_for_metrics(job); !status.ok()) return status;  // first: calls are counted there
     ServerOptions server_options = options_.server;
+    server_options.job_id = job_id();
+    server_options.job_end = job_end();
     server_options.streams.stall = absl::Seconds(options_.stall_seconds);
     server_options.on_drain = [drain = job.drain] { drain->request("ControlService.Drain"); };
     server_options.on_call_end = [this](const CallReport& call) {
@@ -140,8 +142,9 @@ void add_serve_command(CLI::App& app, int* exit_code) {
   add_rank_options(*command, &options->rank);
   command->add_option("--address", options->server.address, "HOST:PORT to listen on; port 0 takes a free one")
       ->capture_default_str();
-  command->add_option("--address-file", options->server.address_file,
-                      "File that gets {\"grpc\": \"HOST:PORT\"} when ready, for octet generate --address-file");
+  command->add_option(
+      "--address-file", options->server.address_file,
+      "File that says {\"grpc\": \"HOST:PORT\"} while requests are taken, for octet generate --address-file");
   AccessOptions& access = options->server.access;
   command->add_option("--token-file", access.token_file,
                       "File with the token that every call must carry (authorization: Bearer TOKEN)");

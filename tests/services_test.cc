@@ -606,8 +606,13 @@ TEST(Server, IsHealthyOnlyWhileItServes) {
   using grpc::health::v1::HealthCheckResponse;
   TemporaryDirectory directory;
   const std::string address_file = directory.path() + "/address.json";
-  auto started = Server::start(
-      {.address = "127.0.0.1:0", .address_file = address_file, .access = {}, .advertise_host = {}, .streams = {}});
+  auto started = Server::start({.address = "127.0.0.1:0",
+                                .address_file = address_file,
+                                .access = {},
+                                .advertise_host = {},
+                                .job_id = "17",
+                                .job_end = absl::FromUnixSeconds(1'800'000'000),
+                                .streams = {}});
   ASSERT_TRUE(started.ok()) << started.status();
   std::unique_ptr<Server> server = *std::move(started);
   auto channel = grpc::CreateChannel(server->address(), grpc::InsecureChannelCredentials());
@@ -634,11 +639,13 @@ TEST(Server, IsHealthyOnlyWhileItServes) {
   std::ifstream(address_file) >> written;
   EXPECT_EQ(written["grpc"], server->address());
   EXPECT_EQ(written["pid"], getpid());
+  EXPECT_EQ(written["job_id"], "17");
+  EXPECT_EQ(written["job_end"], "2027-01-15T08:00:00+00:00");
 
   server->drain();
   for (const std::string& name : names) EXPECT_EQ(health_of(channel, name), HealthCheckResponse::NOT_SERVING) << name;
+  EXPECT_NE(access(address_file.c_str(), F_OK), 0) << "a server that drains is not to be found any more";
   server->shutdown(absl::UnavailableError("done"), absl::ZeroDuration());
-  EXPECT_NE(access(address_file.c_str(), F_OK), 0);
 }
 
 TEST(Server, RefusesAPortInUseWithASentence) {
