@@ -308,7 +308,7 @@ class Batching final : public Leader {
   absl::Status write_provenance(const Job& job) const {
     return octet::write_provenance(
         &real_disk(), *batch_, options_.output,
-        {.directory = options_.rank.runtime.model,
+        {.directory = std::filesystem::weakly_canonical(options_.rank.runtime.model),
          .llama3_tokens = job.model->tokenizer.special_id("<|begin_of_text|>").has_value(),
          .rope_factor =
              job.config.rope_scaling ? std::optional<double>(job.config.rope_scaling->factor) : std::nullopt},
@@ -326,9 +326,13 @@ class Batching final : public Leader {
 
 int run_merge(const std::string& output, const std::vector<std::string>& shards) {
   Progress progress("Joining");
-  const absl::StatusOr<BatchTotals> totals =
+  absl::StatusOr<BatchTotals> totals =
       merge_batch(&real_disk(), output, shards, [&](int64_t done, int64_t all) { progress.update(done, all); });
   progress.clear();
+  if (totals.ok()) {
+    absl::Status status = merge_provenance(&real_disk(), shards.front(), output, *totals);
+    if (!status.ok()) totals = status;
+  }
   if (!totals.ok()) {
     std::fprintf(stderr, "octet batch merge: %s\n", std::string(totals.status().message()).c_str());
     return absl::IsUnavailable(totals.status()) ? kComeBack : kRefused;

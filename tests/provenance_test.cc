@@ -67,7 +67,7 @@ TEST(LlamaNotice, HasTheSentenceOfItsVersionAndTheDutiesOfOutputs) {
   EXPECT_THAT(notice, Not(HasSubstr("was read off its name")));
 }
 
-TEST(Provenance, TellsHowAnOutputWasMade) {
+TEST(Provenance, TellsHowAnOutputWasMadeAndTravelsIntoAMerge) {
   const std::string input = model_directory("input") + ".jsonl";
   std::ofstream(input) << "{}\n{}\n";
   FakeDisk disk;
@@ -99,6 +99,16 @@ TEST(Provenance, TellsHowAnOutputWasMade) {
   EXPECT_EQ(record["licence"]["notice"], "o.NOTICE.txt");
   EXPECT_THAT(*disk.read("out/o.NOTICE.txt"), HasSubstr("Built with Llama"));
   EXPECT_EQ(*disk.read("out/o.LICENSE.txt"), licence);
+
+  ASSERT_TRUE(merge_provenance(&disk, "out/o", "out/all", {.lines = 9, .failed = 2, .completion_tokens = 70}).ok());
+  const ordered_json merged = ordered_json::parse(*disk.read("out/all.provenance.json"));
+  EXPECT_EQ(merged["lines"], 9);
+  EXPECT_EQ(merged["completion_tokens"], 70);
+  EXPECT_EQ(merged["parameters"]["seed"], 3);
+  EXPECT_FALSE(merged.contains("shard"));
+  EXPECT_EQ(merged["licence"]["notice"], "all.NOTICE.txt");
+  EXPECT_EQ(*disk.read("out/all.NOTICE.txt"), *disk.read("out/o.NOTICE.txt"));
+  EXPECT_EQ(*disk.read("out/all.LICENSE.txt"), licence);
 }
 
 }  // namespace

@@ -15,13 +15,15 @@ namespace {
 using nlohmann::ordered_json;
 
 constexpr std::array<const char*, 4> kVersions = {"3.3", "3.2", "3.1", "3"};
+constexpr char kRecord[] = ".provenance.json";
+constexpr char kNotice[] = ".NOTICE.txt";
 constexpr int64_t kMaxLicenceBytes = int64_t{1} << 20;
 
 // LICENSE, LICENSE.txt, USE_POLICY.md, ...: what the model's makers want to travel with it.
 bool is_licence(const std::string& name) {
   const std::string upper = absl::AsciiStrToUpper(name);
   return absl::StartsWith(upper, "LICENSE") || absl::StartsWith(upper, "LICENCE") ||
-         absl::StartsWith(upper, "USE_POLICY") || absl::StartsWith(upper, "NOTICE");
+         absl::StartsWith(upper, "USE_POLICY");
 }
 
 std::vector<std::pair<std::string, std::string>> licence_files(const std::string& directory) {
@@ -36,6 +38,15 @@ std::vector<std::pair<std::string, std::string>> licence_files(const std::string
     if (text.ok()) files.emplace_back(name, *std::move(text));
   }
   return files;
+}
+
+std::string base_name(const std::string& path) { return path.substr(path.find_last_of('/') + 1); }
+
+void add_totals(const BatchTotals& totals, ordered_json* record) {
+  record->update({{"lines", totals.lines},
+                  {"lines_failed", totals.failed},
+                  {"prompt_tokens", totals.prompt_tokens},
+                  {"completion_tokens", totals.completion_tokens}});
 }
 
 std::string date_of(int64_t unix_seconds) {
@@ -55,7 +66,7 @@ std::optional<LlamaLicence> llama_licence(const ModelTraits& traits) {
   }
   if (!traits.llama3_tokens) return std::nullopt;
   for (const char* version : {"3.3", "3.2", "3.1"}) {
-    if (absl::StrContains(traits.directory.substr(traits.directory.find_last_of('/') + 1), version)) {
+    if (absl::StrContains(base_name(traits.directory), version)) {
       return LlamaLicence{.version = version};
     }
   }
@@ -100,26 +111,47 @@ absl::Status write_provenance(Disk* disk, const BatchJob& job, const std::string
                          {"job_id", job.id()},
                          {"input", manifest["input"]},
                          {"shard", manifest["shard"]},
-                         {"parameters", manifest["identity"]},
-                         {"lines", job.done()->lines},
-                         {"lines_failed", job.done()->failed},
-                         {"prompt_tokens", job.done()->prompt_tokens},
-                         {"completion_tokens", job.done()->completion_tokens}};
+                         {"parameters", manifest["identity"]}};
+  add_totals(*job.done(), &record);
   if (licence.has_value()) {
     record["licence"] = {{"name", absl::StrCat("Llama ", licence->version, " Community License")},
                          {"version_read_in_a_licence_file", licence->certain},
-                         {"notice", output.substr(output.find_last_of('/') + 1) + ".NOTICE.txt"}};
+                         {"notice", base_name(output) + kNotice}};
   }
-  if (absl::Status status = disk->replace(output + ".provenance.json", record.dump(2) + "\n"); !status.ok())
-    return status;
+  if (absl::Status status = disk->replace(output + kRecord, record.dump(2) + "\n"); !status.ok()) return status;
   if (licence.has_value()) {
     const std::string notice = llama_notice(*licence, manifest["identity"].value("model", ""));
-    if (absl::Status status = disk->replace(output + ".NOTICE.txt", notice); !status.ok()) return status;
+    if (absl::Status status = disk->replace(output + kNotice, notice); !status.ok()) return status;
   }
   for (const auto& [name, text] : licence_files(traits.directory)) {
-    const std::string path =
-        absl::StrCat(output, ".", licence.has_value() && name == "NOTICE.txt" ? "MODEL_NOTICE.txt" : name);
-    if (absl::Status status = disk->replace(path, text); !status.ok()) return status;
+    if (absl::Status status = disk->replace(absl::StrCat(output, ".", name), text); !status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status merge_provenance(Disk* disk, const std::string& shard_output, const std::string& output,
+                              const BatchTotals& totals) {
+  const absl::StatusOr<std::string> text = disk->read(shard_output + kRecord);
+  if (!text.ok()) return text.status();
+  ordered_json record = ordered_json::parse(*text, nullptr, /*allow_exceptions=*/false);
+  if (!record.is_object()) {
+    return absl::FailedPreconditionError(absl::StrCat(shard_output, kRecord, " is damaged: run its shard once more"));
+  }
+  record.erase("shard");
+  add_totals(totals, &record);
+  if (record.contains("licence")) record["licence"]["notice"] = base_name(output) + kNotice;
+  if (absl::Status status = disk->replace(output + kRecord, record.dump(2) + "\n"); !status.ok()) return status;
+  const absl::StatusOr<std::vector<std::string>> names = disk->list(directory_of(shard_output));
+  if (!names.ok()) return names.status();
+  const std::string prefix = base_name(shard_output) + ".";
+  for (const std::string& name : *names) {
+    if (!absl::StartsWith(name, prefix)) continue;
+    const std::string rest = name.substr(prefix.size());
+    if (!is_licence(rest) && "." + rest != kNotice) continue;
+    const absl::StatusOr<std::string> licence = disk->read(directory_of(shard_output) + "/" + name);
+    if (!licence.ok()) return licence.status();
+    const std::string copy = absl::StrCat(output, ".", rest);
+    if (absl::Status status = disk->replace(copy, *licence); !status.ok()) return status;
   }
   return absl::OkStatus();
 }

@@ -36,4 +36,9 @@ std::string llama_notice(const LlamaLicence& licence, const std::string& model);
 absl::Status write_provenance(Disk* disk, const BatchJob& job, const std::string& output, const ModelTraits& traits,
                               const std::string& octet_version);
 
+// Gives `output`, which was merged from the outputs of all shards, what one of them has beside it, with the totals of
+// all.
+absl::Status merge_provenance(Disk* disk, const std::string& shard_output, const std::string& output,
+                              const BatchTotals& totals);
+
 }  // namespace octet
