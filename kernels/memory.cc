@@ -1,4 +1,4 @@
-// Memory of the CPU back end, and the choice of the instruction family at run time.
+// Memory of both back ends, and the choice of the instruction family at run time.
 #include "kernels/memory.h"
 
 #include <sys/mman.h>
@@ -10,8 +10,10 @@
 #include <utility>
 
 #include "kernels/check.h"
+#include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/thread_pool.h"
+#include "kernels/cuda/module.h"
 
 namespace octet {
 namespace {
@@ -43,9 +45,11 @@ void* allocate_zeroed(int64_t bytes) {
   return data;
 }
 
-void release(void* data, int64_t bytes) {
+void release(void* data, int64_t bytes, const Stream* stream) {
   if (data == nullptr) return;
-  if (bytes >= kHugePage) {
+  if (stream != nullptr) {
+    stream->module().release(stream->queue(), data);
+  } else if (bytes >= kHugePage) {
     munmap(data, rounded_up(bytes, kHugePage));
   } else {
     std::free(data);
@@ -54,29 +58,40 @@ void release(void* data, int64_t bytes) {
 
 }  // namespace
 
-Buffer::Buffer(int64_t bytes, Device device) : bytes_(bytes), device_(device) {
-  OCTET_CHECK(device == Device::kCpu, "this build allocates on the CPU only");
+Buffer::Buffer(int64_t bytes) : bytes_(bytes) {
   OCTET_CHECK(bytes >= 0, "a buffer of " + std::to_string(bytes) + " bytes");
   if (bytes > 0) data_ = allocate_zeroed(bytes);
 }
 
-Buffer::~Buffer() { release(data_, bytes_); }
+Buffer::Buffer(int64_t bytes, const Stream& stream) {
+  if (stream.device() == Device::kCpu) {
+    *this = Buffer(bytes);
+    return;
+  }
+  OCTET_CHECK(bytes >= 0, "a buffer of " + std::to_string(bytes) + " bytes");
+  bytes_ = bytes;
+  stream_ = &stream;
+  if (bytes > 0) data_ = stream.module().allocate(stream.queue(), bytes);
+  if (bytes > 0 && data_ == nullptr) throw std::bad_alloc();
+}
+
+Buffer::~Buffer() { release(data_, bytes_, stream_); }
 
 Buffer::Buffer(Buffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)), device_(other.device_) {}
+    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)), stream_(other.stream_) {}
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
   if (this != &other) {
-    release(data_, bytes_);
+    release(data_, bytes_, stream_);
     data_ = std::exchange(other.data_, nullptr);
     bytes_ = std::exchange(other.bytes_, 0);
-    device_ = other.device_;
+    stream_ = other.stream_;
   }
   return *this;
 }
 
 Tensor Buffer::tensor(DType dtype, Shape shape) const {
-  const Tensor view(data_, dtype, shape, device_);
+  const Tensor view(data_, dtype, shape, stream_ == nullptr ? Device::kCpu : Device::kCuda);
   OCTET_CHECK(view.bytes() <= bytes_, std::string("a ") + name_of(dtype) + " " + shape.to_string() +
                                           " tensor in a buffer of " + std::to_string(bytes_) + " bytes");
   return view;
@@ -118,9 +133,22 @@ Isa best_isa() {
 Stream::Stream(const CpuOptions& options)
     : pool_(std::make_unique<cpu::ThreadPool>(options.threads, options.spin)),
       kernels_(&cpu::kernels_for(options.isa)),
-      isa_(options.isa) {}
+      isa_(options.isa),
+      backend_(&cpu::backend()) {}
 
-Stream::~Stream() = default;
+Stream::Stream(const cuda::ModuleTable& module, int device, const CpuOptions& host) : Stream(host) {
+  backend_ = module.backend;
+  module_ = &module;
+  queue_ = module.open_queue(device);
+}
+
+Stream::~Stream() {
+  if (module_ != nullptr) module_->close_queue(queue_);
+}
+
+void Stream::synchronize() {
+  if (module_ != nullptr) module_->synchronize(queue_);
+}
 
 int Stream::threads() const { return pool_->threads(); }
 

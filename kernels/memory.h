@@ -1,5 +1,7 @@
 // Buffer: the one owner of memory on a device. Stream: an ordered queue of work on a device and the first argument of
-// every op; on the CPU it is the thread pool that the op runs on, and an op is done when it returns.
+// every op; on the CPU it is the thread pool that the op runs on, and an op is done when it returns. On a CUDA device
+// it is a queue of the CUDA module, an op is done when synchronize() returns, and the pool does what a step does on the
+// host.
 #pragma once
 
 #include <cstdint>
@@ -9,17 +11,27 @@
 
 namespace octet {
 
+struct Backend;
+class Stream;
 namespace cpu {
 class ThreadPool;
 struct KernelTable;
 }  // namespace cpu
+namespace cuda {
+class Queue;
+struct ModuleTable;
+}  // namespace cuda
 
-// Zeroed, 64-byte aligned memory (2 MiB aligned with transparent huge pages asked for when it is that large). Movable.
+// Zeroed memory; on the host 64-byte aligned (2 MiB aligned with transparent huge pages asked for when it is that
+// large). Movable.
 class Buffer {
  public:
   Buffer() = default;
-  // Throws std::bad_alloc when the memory cannot be had: callers plan before they allocate (worker/memory_plan.h).
-  explicit Buffer(int64_t bytes, Device device = Device::kCpu);
+  // On the host. Throws std::bad_alloc when the memory cannot be had: callers plan before they allocate
+  // (worker/memory_plan.h).
+  explicit Buffer(int64_t bytes);
+  // Where `stream`, which outlives it, computes. Throws likewise.
+  Buffer(int64_t bytes, const Stream& stream);
   ~Buffer();
   Buffer(Buffer&& other) noexcept;
   Buffer& operator=(Buffer&& other) noexcept;
@@ -32,11 +44,11 @@ class Buffer {
  private:
   void* data_ = nullptr;
   int64_t bytes_ = 0;
-  Device device_ = Device::kCpu;
+  const Stream* stream_ = nullptr;  // of device memory
 };
 
-// The instruction family of the CPU kernels. kAvx512 means AVX-512 F/BW/DQ/VL/VBMI with BF16. kAvx2 and kAvx512 promise equal
-// bits (see numerics_id()).
+// The instruction family of the CPU kernels. kAvx512 means AVX-512 F/BW/DQ/VL/VBMI with BF16. kAvx2 and kAvx512 promise
+// equal bits (see numerics_id()).
 enum class Isa : uint8_t { kPortable, kAvx2, kAvx512 };
 
 const char* name_of(Isa isa);
@@ -49,23 +61,37 @@ bool runs_here(Isa isa);
 class Stream {
  public:
   struct CpuOptions {
-    int threads = 1;          // including the calling one
-    Isa isa = best_isa();     // REQUIRES: runs_here(isa)
-    bool spin = true;         // idle pool threads spin a while before they sleep: only where each owns a core
+    int threads = 1;       // including the calling one
+    Isa isa = best_isa();  // REQUIRES: runs_here(isa)
+    bool spin = true;      // idle pool threads spin a while before they sleep: only where each owns a core
   };
   explicit Stream(const CpuOptions& options);
+  // On a device of an opened module that has passed check_device(); `host` is for what a step does on the host.
+  Stream(const cuda::ModuleTable& module, int device, const CpuOptions& host);
   ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
 
-  Device device() const { return Device::kCpu; }
+  Device device() const { return module_ == nullptr ? Device::kCpu : Device::kCuda; }
+  // Waits until everything that was asked for is done.
+  void synchronize();
+
+  const Backend& backend() const { return *backend_; }
   int threads() const;
   Isa isa() const { return isa_; }
   cpu::ThreadPool& pool() const { return *pool_; }
   const cpu::KernelTable& kernels() const { return *kernels_; }
+  // REQUIRES: device() is kCuda.
+  const cuda::ModuleTable& module() const { return *module_; }
+  cuda::Queue* queue() const { return queue_; }
 
  private:
   std::unique_ptr<cpu::ThreadPool> pool_;
   const cpu::KernelTable* kernels_;
   Isa isa_;
+  const Backend* backend_;
+  const cuda::ModuleTable* module_ = nullptr;
+  cuda::Queue* queue_ = nullptr;
 };
 
 }  // namespace octet

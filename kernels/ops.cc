@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <string>
 
+#include "kernels/backend.h"
 #include "kernels/check.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/kernel_table.h"
@@ -15,12 +16,15 @@ namespace octet {
 namespace {
 
 static_assert(cpu::kPanel == kPanelRows);
+static_assert(cpu::kMaxTreeDepth == kMaxSumDepth);
 
-void check_tensor(const char* name, const Tensor& tensor, DType dtype, Shape shape) {
+void check_tensor(Device device, const char* name, const Tensor& tensor, DType dtype, Shape shape) {
   OCTET_CHECK(tensor.dtype() == dtype && tensor.shape() == shape, std::string(name) + " is " + name_of(tensor.dtype()) +
                                                                       " " + tensor.shape().to_string() + ", expected " +
                                                                       name_of(dtype) + " " + shape.to_string());
   OCTET_CHECK(!tensor.empty() || shape.elements() == 0, std::string(name) + " has no memory");
+  OCTET_CHECK(tensor.device() == device, std::string(name) + " lies on the " + name_of(tensor.device()) +
+                                             ", the stream computes on the " + name_of(device));
 }
 
 void check_rank(const char* name, const Tensor& tensor, int rank) {
@@ -38,7 +42,7 @@ void check_groups(std::span<const int64_t> group_ends, int64_t columns) {
               "column groups end at " + std::to_string(before) + " of " + std::to_string(columns) + " columns");
 }
 
-void check_weight(const Linear& weight) {
+void check_weight(Device device, const Linear& weight) {
   const DType dtype = weight.weight.dtype();
   OCTET_CHECK(dtype == DType::kBF16 || dtype == DType::kF8E4M3,
               std::string("packed weights are BF16 or F8_E4M3, not ") + name_of(dtype));
@@ -47,24 +51,24 @@ void check_weight(const Linear& weight) {
               "packed weight of " + std::to_string(weight.weight.bytes()) + " bytes for [" +
                   std::to_string(weight.out_features) + ", " + std::to_string(weight.in_features) + "]");
   if (!weight.weight_scale.empty()) {
-    check_tensor("weight_scale", weight.weight_scale, DType::kF32, {weight.out_features});
+    check_tensor(device, "weight_scale", weight.weight_scale, DType::kF32, {weight.out_features});
   }
 }
 
-void check_activations(const Activations& x, int64_t groups, int64_t in_features) {
+void check_activations(Device device, const Activations& x, int64_t groups, int64_t in_features) {
   check_rank("x", x.values, 2);
   const bool codes = x.values.dtype() == DType::kF8E4M3;
-  check_tensor("x", x.values, codes ? DType::kF8E4M3 : DType::kBF16, {x.values.dim(0), in_features});
+  check_tensor(device, "x", x.values, codes ? DType::kF8E4M3 : DType::kBF16, {x.values.dim(0), in_features});
   OCTET_CHECK(codes != x.scales.empty(), "e4m3 inputs have scales, BF16 inputs have none");
-  if (codes) check_tensor("x.scales", x.scales, DType::kF32, {x.values.dim(0), groups});
+  if (codes) check_tensor(device, "x.scales", x.scales, DType::kF32, {x.values.dim(0), groups});
 }
 
-int64_t kv_heads_of(const KvLayer& cache, int64_t head_dim) {
+int64_t kv_heads_of(Device device, const KvLayer& cache, int64_t head_dim) {
   check_rank("cache.values", cache.values, 4);
   const int64_t blocks = cache.values.dim(0);
   const int64_t kv_heads = cache.values.dim(1);
-  check_tensor("cache.values", cache.values, DType::kBF16, {blocks, kv_heads, kKvBlockTokens, head_dim});
-  check_tensor("cache.keys", cache.keys, DType::kBF16, {blocks, kv_heads, head_dim / 2, kKvBlockTokens, 2});
+  check_tensor(device, "cache.values", cache.values, DType::kBF16, {blocks, kv_heads, kKvBlockTokens, head_dim});
+  check_tensor(device, "cache.keys", cache.keys, DType::kBF16, {blocks, kv_heads, head_dim / 2, kKvBlockTokens, 2});
   OCTET_CHECK(head_dim % 2 == 0 && head_dim <= 256, "head_dim " + std::to_string(head_dim) + " is odd or above 256");
   return kv_heads;
 }
@@ -96,13 +100,13 @@ void check_batch(const AttentionBatch& batch, int64_t tokens, int64_t blocks) {
 }
 
 void check_program(std::span<const Tensor> pieces, std::span<const int> program) {
-  OCTET_CHECK(pieces.size() <= cpu::kMaxPieces, std::to_string(pieces.size()) + " pieces");
+  OCTET_CHECK(pieces.size() <= kMaxPieces, std::to_string(pieces.size()) + " pieces");
   int depth = 0;
   for (const int entry : program) {
     OCTET_CHECK(entry == kAdd || (entry >= 0 && entry < static_cast<int>(pieces.size())),
                 "the program names piece " + std::to_string(entry));
     depth += entry == kAdd ? -1 : 1;
-    OCTET_CHECK(depth >= 1 && depth <= cpu::kMaxTreeDepth, "the program needs a stack of " + std::to_string(depth));
+    OCTET_CHECK(depth >= 1 && depth <= kMaxSumDepth, "the program needs a stack of " + std::to_string(depth));
   }
   OCTET_CHECK(depth == 1, "the program leaves " + std::to_string(depth) + " results");
 }
@@ -113,141 +117,161 @@ int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features) {
   return (out_features + kPanelRows - 1) / kPanelRows * kPanelRows * in_features * size_of(dtype);
 }
 
+void copy(Stream& stream, const Tensor& from, const Tensor& to) {
+  check_tensor(from.device(), "from", from, from.dtype(), from.shape());
+  check_tensor(to.device(), "to", to, from.dtype(), from.shape());
+  if (from.elements() == 0) return;
+  stream.backend().copy(stream, from, to);
+}
+
 void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight) {
-  check_weight(weight);
+  const Device device = stream.device();
+  check_weight(device, weight);
   check_rank("raw", raw, 2);
-  check_tensor("raw", raw, weight.weight.dtype(), {raw.dim(0), weight.in_features});
+  check_tensor(Device::kCpu, "raw", raw, weight.weight.dtype(), {raw.dim(0), weight.in_features});
   const int64_t end = first_row + raw.dim(0);
   OCTET_CHECK(first_row >= 0 && first_row % kPanelRows == 0 && end <= weight.out_features &&
                   (end % kPanelRows == 0 || end == weight.out_features),
               "rows " + std::to_string(first_row) + ".." + std::to_string(end) + " are not whole panels");
-  cpu::pack_rows(stream, raw, first_row, weight);
+  stream.backend().pack_rows(stream, raw, first_row, weight);
 }
 
 void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
               const Activations& out) {
+  const Device device = stream.device();
   check_rank("x", x, 2);
-  check_tensor("x", x, DType::kBF16, x.shape());
+  check_tensor(device, "x", x, DType::kBF16, x.shape());
   check_groups(group_ends, x.dim(1));
-  check_tensor("out.values", out.values, DType::kF8E4M3, x.shape());
-  check_tensor("out.scales", out.scales, DType::kF32, {x.dim(0), static_cast<int64_t>(group_ends.size())});
+  check_tensor(device, "out.values", out.values, DType::kF8E4M3, x.shape());
+  check_tensor(device, "out.scales", out.scales, DType::kF32, {x.dim(0), static_cast<int64_t>(group_ends.size())});
   OCTET_CHECK(scheme.kind != ActivationScheme::Kind::kNone, "nothing to quantise to");
   const cpu::FlushDenormals flush;
-  cpu::quantize(stream, x, scheme, group_ends, out);
+  stream.backend().quantize(stream, x, scheme, group_ends, out);
 }
 
 void linear(Stream& stream, const Activations& x, std::span<const LinearOutput> outputs) {
+  const Device device = stream.device();
   for (const LinearOutput& output : outputs) {
-    check_weight(*output.weight);
-    check_activations(x, 1, output.weight->in_features);
-    check_tensor("out", output.out, DType::kF32, {x.values.dim(0), output.weight->out_features});
+    check_weight(device, *output.weight);
+    check_activations(device, x, 1, output.weight->in_features);
+    check_tensor(device, "out", output.out, DType::kF32, {x.values.dim(0), output.weight->out_features});
   }
   if (outputs.empty() || x.values.dim(0) == 0) return;
   const cpu::FlushDenormals flush;
-  cpu::linear(stream, x, outputs);
+  stream.backend().linear(stream, x, outputs);
 }
 
 void linear_over_slices(Stream& stream, const Activations& x, const Linear& weight, const SliceRun& run,
                         std::span<const int64_t> column_ends, const Tensor& partials) {
-  check_weight(weight);
-  check_activations(x, run.count, weight.in_features);
+  const Device device = stream.device();
+  check_weight(device, weight);
+  check_activations(device, x, run.count, weight.in_features);
   check_groups(column_ends, weight.in_features);
   OCTET_CHECK(static_cast<int>(column_ends.size()) == run.count,
               std::to_string(column_ends.size()) + " column ends for " + std::to_string(run.count) + " slices");
   OCTET_CHECK(std::ranges::all_of(column_ends, [](int64_t end) { return end % 2 == 0; }), "slices end at even columns");
   const int64_t nodes = static_cast<int64_t>(maximal_subtrees(run).size());
-  check_tensor("partials", partials, DType::kF32, {nodes, x.values.dim(0), weight.out_features});
+  check_tensor(device, "partials", partials, DType::kF32, {nodes, x.values.dim(0), weight.out_features});
   if (x.values.dim(0) == 0) return;
   const cpu::FlushDenormals flush;
-  cpu::linear_over_slices(stream, x, weight, run, column_ends, partials);
+  stream.backend().linear_over_slices(stream, x, weight, run, column_ends, partials);
 }
 
 void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program,
                   const Tensor& residual) {
+  const Device device = stream.device();
   check_rank("residual", residual, 2);
-  check_tensor("residual", residual, DType::kBF16, residual.shape());
-  for (const Tensor& piece : pieces) check_tensor("piece", piece, DType::kF32, residual.shape());
+  check_tensor(device, "residual", residual, DType::kBF16, residual.shape());
+  for (const Tensor& piece : pieces) check_tensor(device, "piece", piece, DType::kF32, residual.shape());
   check_program(pieces, program);
   const cpu::FlushDenormals flush;
-  cpu::add_tree_sum(stream, pieces, program, residual);
+  stream.backend().add_tree_sum(stream, pieces, program, residual);
 }
 
 void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out) {
+  const Device device = stream.device();
   check_rank("out", out, 2);
-  check_tensor("out", out, DType::kF32, out.shape());
-  for (const Tensor& piece : pieces) check_tensor("piece", piece, DType::kF32, out.shape());
+  check_tensor(device, "out", out, DType::kF32, out.shape());
+  for (const Tensor& piece : pieces) check_tensor(device, "piece", piece, DType::kF32, out.shape());
   check_program(pieces, program);
   const cpu::FlushDenormals flush;
-  cpu::tree_sum(stream, pieces, program, out);
+  stream.backend().tree_sum(stream, pieces, program, out);
 }
 
 void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out) {
+  const Device device = stream.device();
   check_rank("table", table, 2);
-  check_tensor("table", table, DType::kBF16, table.shape());
-  check_tensor("out", out, DType::kBF16, {static_cast<int64_t>(row_ids.size()), table.dim(1)});
+  check_tensor(device, "table", table, DType::kBF16, table.shape());
+  check_tensor(device, "out", out, DType::kBF16, {static_cast<int64_t>(row_ids.size()), table.dim(1)});
   for (const int32_t id : row_ids) {
     OCTET_CHECK(id >= 0 && id < table.dim(0), "row " + std::to_string(id) + " of " + std::to_string(table.dim(0)));
   }
-  cpu::copy_rows(stream, table, row_ids, out);
+  stream.backend().copy_rows(stream, table, row_ids, out);
 }
 
 void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out) {
+  const Device device = stream.device();
   check_rank("x", x, 2);
-  check_tensor("x", x, DType::kBF16, x.shape());
-  check_tensor("weight", weight, DType::kF32, {x.dim(1)});
-  check_tensor("out", out, DType::kBF16, x.shape());
+  check_tensor(device, "x", x, DType::kBF16, x.shape());
+  check_tensor(device, "weight", weight, DType::kF32, {x.dim(1)});
+  check_tensor(device, "out", out, DType::kBF16, x.shape());
   const cpu::FlushDenormals flush;
-  cpu::rms_norm(stream, x, weight, eps, out);
+  stream.backend().rms_norm(stream, x, weight, eps, out);
 }
 
 void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor& out) {
+  const Device device = stream.device();
   check_rank("gate", gate, 2);
-  check_tensor("gate", gate, DType::kF32, gate.shape());
-  check_tensor("up", up, DType::kF32, gate.shape());
-  check_tensor("out", out, DType::kBF16, gate.shape());
+  check_tensor(device, "gate", gate, DType::kF32, gate.shape());
+  check_tensor(device, "up", up, DType::kF32, gate.shape());
+  check_tensor(device, "out", out, DType::kBF16, gate.shape());
   const cpu::FlushDenormals flush;
-  cpu::silu_mul(stream, gate, up, out);
+  stream.backend().silu_mul(stream, gate, up, out);
 }
 
 void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin) {
+  const Device device = stream.device();
   check_rank("inv_freq", inv_freq, 1);
-  check_tensor("inv_freq", inv_freq, DType::kF32, inv_freq.shape());
-  check_tensor("cos_sin", cos_sin, DType::kF32, {static_cast<int64_t>(positions.size()), inv_freq.dim(0), 2});
+  check_tensor(device, "inv_freq", inv_freq, DType::kF32, inv_freq.shape());
+  check_tensor(device, "cos_sin", cos_sin, DType::kF32, {static_cast<int64_t>(positions.size()), inv_freq.dim(0), 2});
   const cpu::FlushDenormals flush;
-  cpu::rope_angles(stream, positions, inv_freq, cos_sin);
+  stream.backend().rope_angles(stream, positions, inv_freq, cos_sin);
 }
 
 void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
                     const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache) {
+  const Device device = stream.device();
   check_rank("q", q, 3);
   const int64_t tokens = q.dim(0);
   const int64_t head_dim = q.dim(2);
-  const int64_t kv_heads = kv_heads_of(cache, head_dim);
-  check_tensor("q", q, DType::kF32, q.shape());
-  check_tensor("k", k, DType::kF32, {tokens, kv_heads, head_dim});
-  check_tensor("v", v, DType::kF32, {tokens, kv_heads, head_dim});
-  check_tensor("cos_sin", cos_sin, DType::kF32, {tokens, head_dim / 2, 2});
-  check_tensor("q_out", q_out, DType::kBF16, q.shape());
+  const int64_t kv_heads = kv_heads_of(device, cache, head_dim);
+  check_tensor(device, "q", q, DType::kF32, q.shape());
+  check_tensor(device, "k", k, DType::kF32, {tokens, kv_heads, head_dim});
+  check_tensor(device, "v", v, DType::kF32, {tokens, kv_heads, head_dim});
+  check_tensor(device, "cos_sin", cos_sin, DType::kF32, {tokens, head_dim / 2, 2});
+  check_tensor(device, "q_out", q_out, DType::kBF16, q.shape());
   check_batch(batch, tokens, cache.values.dim(0));
   const cpu::FlushDenormals flush;
-  cpu::rope_and_cache(stream, q, k, v, cos_sin, batch, q_out, cache);
+  stream.backend().rope_and_cache(stream, q, k, v, cos_sin, batch, q_out, cache);
 }
 
 void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out) {
+  const Device device = stream.device();
   check_rank("q", q, 3);
-  const int64_t kv_heads = kv_heads_of(cache, q.dim(2));
-  check_tensor("q", q, DType::kBF16, q.shape());
-  check_tensor("out", out, DType::kBF16, q.shape());
+  const int64_t kv_heads = kv_heads_of(device, cache, q.dim(2));
+  check_tensor(device, "q", q, DType::kBF16, q.shape());
+  check_tensor(device, "out", out, DType::kBF16, q.shape());
   OCTET_CHECK(kv_heads > 0 && q.dim(1) % kv_heads == 0,
               std::to_string(q.dim(1)) + " query heads over " + std::to_string(kv_heads) + " KV heads");
   check_batch(batch, q.dim(0), cache.values.dim(0));
   const cpu::FlushDenormals flush;
-  cpu::attention(stream, q, cache, batch, out);
+  stream.backend().attention(stream, q, cache, batch, out);
 }
 
 void copy_blocks(Stream& stream, std::span<const int32_t> from, std::span<const int32_t> to, const KvLayer& cache) {
+  const Device device = stream.device();
   check_rank("cache.values", cache.values, 4);
-  kv_heads_of(cache, cache.values.dim(3));
+  kv_heads_of(device, cache, cache.values.dim(3));
   OCTET_CHECK(from.size() == to.size(),
               std::to_string(from.size()) + " blocks to copy to " + std::to_string(to.size()) + " blocks");
   const int64_t blocks = cache.values.dim(0);
@@ -256,16 +280,17 @@ void copy_blocks(Stream& stream, std::span<const int32_t> from, std::span<const 
                 "block " + std::to_string(from[i]) + " copied to block " + std::to_string(to[i]) + " of " +
                     std::to_string(blocks));
   }
-  cpu::copy_blocks(stream, from, to, cache);
+  stream.backend().copy_blocks(stream, from, to, cache);
 }
 
 void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts) {
+  const Device device = stream.device();
   check_rank("logits", logits, 2);
-  check_tensor("logits", logits, DType::kF32, logits.shape());
+  check_tensor(device, "logits", logits, DType::kF32, logits.shape());
   check_groups(group_ends, logits.dim(1));
-  check_tensor("parts", parts, DType::kF32, {logits.dim(0), static_cast<int64_t>(group_ends.size()), 2});
+  check_tensor(device, "parts", parts, DType::kF32, {logits.dim(0), static_cast<int64_t>(group_ends.size()), 2});
   const cpu::FlushDenormals flush;
-  cpu::softmax_parts(stream, logits, group_ends, parts);
+  stream.backend().softmax_parts(stream, logits, group_ends, parts);
 }
 
 void softmax_weights(const Stream& stream, std::span<const float> logits, float max, float scale,

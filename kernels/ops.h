@@ -1,8 +1,10 @@
-// The arithmetic of a step: free functions over contiguous tensors, the stream first. ops.cc checks shapes once and calls
-// the back end; octet::reference has the same functions written the obvious way, which both back ends are tested against.
+// The arithmetic of a step: free functions over contiguous tensors, the stream first. ops.cc checks shapes once and
+// calls the back end; octet::reference has the same functions written the obvious way, which both back ends are tested
+// against.
 //
-// Every function keeps the rules of bits: one row's result never depends on the other rows, on the number of threads or on
-// the instruction family; dot products accumulate in FP32 over K in pairs, odd element first, with denormals flushed.
+// Every function keeps the rules of bits: one row's result never depends on the other rows, on the number of threads or
+// on the instruction family; dot products accumulate in FP32 over K in pairs, odd element first, with denormals
+// flushed.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +16,10 @@
 #include "kernels/tensor.h"
 
 namespace octet {
+
+// Copies a tensor to memory of the same dtype and shape on the host or on the stream's device, neither way overlapping.
+// Whatever lies on the host may be used again as soon as this returns.
+void copy(Stream& stream, const Tensor& from, const Tensor& to);
 
 // How a linear layer quantises its input to e4m3 (W8A8). kNone: inputs stay BF16 (BF16 weights, and W8A16).
 struct ActivationScheme {
@@ -40,9 +46,9 @@ int64_t packed_bytes(DType dtype, int64_t out_features, int64_t in_features);
 // Rows are packed in whole panels of this many outputs (the last one is padded with zeros).
 constexpr int64_t kPanelRows = 32;
 
-// Packs rows [first_row, first_row + raw.dim(0)) of a weight matrix. raw is [rows, in_features], BF16 or F8_E4M3, the
-// dtype of weight.weight. REQUIRES: first_row is a multiple of kPanelRows, and raw ends on one or at out_features; raw has
-// no e4m3 NaN codes (reading a checkpoint refuses them: the families decode them differently).
+// Packs rows [first_row, first_row + raw.dim(0)) of a weight matrix. raw is [rows, in_features] on the host,
+// BF16 or F8_E4M3, the dtype of weight.weight. REQUIRES: first_row is a multiple of kPanelRows, and raw ends on one or
+// at out_features; raw has no e4m3 NaN codes (reading a checkpoint refuses them: the families decode them differently).
 void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight);
 
 // A linear layer's input: BF16 values, or e4m3 codes with one scale per token and column group.
@@ -53,8 +59,8 @@ struct Activations {
 
 // Quantises x [tokens, in] BF16 to e4m3. Column group g ends before column group_ends[g]; the last one ends at `in`.
 // Column-parallel layers have one group (the row), row-parallel layers one per slice.
-//   dynamic: amax = min(max|x|, upper_bound); scale = max(amax / 448, 1 / (448 * 512)); code = e4m3(clamp(x * (1 / scale)))
-//   static:  code = e4m3(clamp(x * (1 / scale))), scale as stored
+//   dynamic: amax = min(max|x|, upper_bound); scale = max(amax / 448, 1 / (448 * 512)); code = e4m3(clamp(x * (1 /
+//   scale))) static:  code = e4m3(clamp(x * (1 / scale))), scale as stored
 // A NaN in a group makes its scale NaN, so that it is seen in the result.
 void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
               const Activations& out);
@@ -68,18 +74,19 @@ struct LinearOutput {
 // REQUIRES: x is BF16 or has one scale group.
 void linear(Stream& stream, const Activations& x, std::span<const LinearOutput> outputs);
 
-// The row-parallel form: columns of W and x are cut into this rank's slices (slice i of run ends before column_ends[i], an
-// even number). A slice's partial result, scaled, is a leaf; partials [nodes, tokens, out_features] F32 gets the sums of
-// the run's maximal_subtrees(). x has one scale group per slice of the run. Leaves are combined tile by tile.
+// The row-parallel form: columns of W and x are cut into this rank's slices (slice i of run ends before column_ends[i],
+// an even number). A slice's partial result, scaled, is a leaf; partials [nodes, tokens, out_features] F32 gets the
+// sums of the run's maximal_subtrees(). x has one scale group per slice of the run. Leaves are combined tile by tile.
 void linear_over_slices(Stream& stream, const Activations& x, const Linear& weight, const SliceRun& run,
                         std::span<const int64_t> column_ends, const Tensor& partials);
 
 // Finishes the tree and adds it to the residual stream: residual[t, j] = bf16(residual[t, j] + sum(pieces)[t, j]).
-// Each piece is a [tokens, n] F32 tensor; `program` comes from sum_program() and indexes pieces. residual [tokens, n] BF16.
+// Each piece is a [tokens, n] F32 tensor; `program` comes from sum_program() and indexes pieces. residual [tokens, n]
+// BF16.
 void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& residual);
 
-// The sum itself, out[t, j] = sum(pieces)[t, j], out [tokens, n] F32: for finishing a part of the tree where the rest of it is
-// elsewhere. out overlaps no piece.
+// The sum itself, out[t, j] = sum(pieces)[t, j], out [tokens, n] F32: for finishing a part of the tree where the rest
+// of it is elsewhere. out overlaps no piece.
 void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out);
 
 // out[i] = table[row_ids[i]]. table [rows, n] BF16, row_ids in range, out [ids, n] BF16.
@@ -93,11 +100,11 @@ void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor
 
 // ---- Attention over the paged cache
 
-constexpr int64_t kKvBlockTokens = 16;     // positions in a cache block
-constexpr int64_t kAttentionChunk = 256;   // positions whose softmax partials are merged left to right
+constexpr int64_t kKvBlockTokens = 16;    // positions in a cache block
+constexpr int64_t kAttentionChunk = 256;  // positions whose softmax partials are merged left to right
 
-// One layer's cache on this rank. keys hold a block's positions side by side, two head elements each, so that a score is
-// the same dot as a linear layer's.
+// One layer's cache on this rank. keys hold a block's positions side by side, two head elements each, so that a score
+// is the same dot as a linear layer's.
 struct KvLayer {
   Tensor keys;    // [blocks, kv_heads, head_dim / 2, kKvBlockTokens, 2] BF16
   Tensor values;  // [blocks, kv_heads, kKvBlockTokens, head_dim] BF16
@@ -105,10 +112,10 @@ struct KvLayer {
 
 // Which tokens a step runs, as flat arrays that every layer reads. Tokens of one sequence are neighbours.
 struct AttentionBatch {
-  std::span<const int32_t> positions;       // [tokens] position of each token in its sequence
-  std::span<const int32_t> sequence_of;     // [tokens] row of block_tables
-  std::span<const int32_t> sequence_ends;   // [sequences] the last token of sequence i is sequence_ends[i] - 1
-  std::span<const int32_t> block_tables;    // [sequences, max_blocks] row-major, blocks of the cache
+  std::span<const int32_t> positions;      // [tokens] position of each token in its sequence
+  std::span<const int32_t> sequence_of;    // [tokens] row of block_tables
+  std::span<const int32_t> sequence_ends;  // [sequences] the last token of sequence i is sequence_ends[i] - 1
+  std::span<const int32_t> block_tables;   // [sequences, max_blocks] row-major, blocks of the cache
   int64_t max_blocks = 0;
 };
 
@@ -116,9 +123,9 @@ struct AttentionBatch {
 // inv_freq [head_dim / 2] F32, cos_sin [tokens, head_dim / 2, 2] F32. Once per step, shared by the layers.
 void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin);
 
-// Rotates q and k (halves: element j pairs with j + head_dim / 2) in FP32, rounds q, k and v once to BF16, and writes k and
-// v to the cache at the tokens' positions. q [tokens, heads, head_dim] F32 to q_out, the same shape in BF16;
-// k, v [tokens, kv_heads, head_dim] F32.
+// Rotates q and k (halves: element j pairs with j + head_dim / 2) in FP32, rounds q, k and v once to BF16, and writes k
+// and v to the cache at the tokens' positions. q [tokens, heads, head_dim] F32 to q_out, the same shape in BF16; k, v
+// [tokens, kv_heads, head_dim] F32.
 void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
                     const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache);
 

@@ -20,6 +20,8 @@ const char* name_of(DType dtype) {
   return "?";
 }
 
+const char* name_of(Device device) { return device == Device::kCpu ? "CPU" : "CUDA device"; }
+
 std::string Shape::to_string() const {
   std::string text = "[";
   for (int i = 0; i < rank_; ++i) text += (i ? ", " : "") + std::to_string(dims_[i]);

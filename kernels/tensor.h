@@ -1,5 +1,5 @@
-// Tensor: a contiguous, row-major view {data, dtype, device, shape}. It never owns memory, so count and type travel with
-// the pointer and a kernel need not be told them apart. Buffer (memory.h) is the owner.
+// Tensor: a contiguous, row-major view {data, dtype, device, shape}. It never owns memory, so count and type travel
+// with the pointer and a kernel need not be told them apart. Buffer (memory.h) is the owner.
 #pragma once
 
 #include <array>
@@ -33,19 +33,29 @@ constexpr int64_t size_of(DType dtype) {
 
 // "BF16", as safetensors spells it.
 const char* name_of(DType dtype);
+// "CPU" or "CUDA device".
+const char* name_of(Device device);
 
 // The dtype that element type T stands for. BF16, F16 and F8_E4M3 travel as their bit patterns (uint16_t, uint8_t);
 // as<uint16_t>() is accepted for both 16-bit types.
 template <typename T>
 constexpr bool holds(DType dtype);
 template <>
-constexpr bool holds<float>(DType dtype) { return dtype == DType::kF32; }
+constexpr bool holds<float>(DType dtype) {
+  return dtype == DType::kF32;
+}
 template <>
-constexpr bool holds<int32_t>(DType dtype) { return dtype == DType::kI32; }
+constexpr bool holds<int32_t>(DType dtype) {
+  return dtype == DType::kI32;
+}
 template <>
-constexpr bool holds<uint16_t>(DType dtype) { return dtype == DType::kBF16 || dtype == DType::kF16; }
+constexpr bool holds<uint16_t>(DType dtype) {
+  return dtype == DType::kBF16 || dtype == DType::kF16;
+}
 template <>
-constexpr bool holds<uint8_t>(DType dtype) { return dtype == DType::kF8E4M3 || dtype == DType::kU8; }
+constexpr bool holds<uint8_t>(DType dtype) {
+  return dtype == DType::kF8E4M3 || dtype == DType::kU8;
+}
 
 class Shape {
  public:

@@ -16,6 +16,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "coordinator/rpc_worker_group.h"
+#include "kernels/cuda/open_module.h"
 #include "launch/bootstrap.h"
 #include "launch/flight_directory.h"
 #include "launch/progress.h"
@@ -74,7 +75,8 @@ class Rank {
   int live() {
     // Each phase ends with agree(): what fails on one rank fails on all, before anyone waits for it.
     for (auto phase :
-         {&Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::open_flight, &Rank::load, &Rank::open_plan_streams}) {
+         {&Rank::open_device, &Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::open_flight, &Rank::load,
+          &Rank::open_plan_streams}) {
       if (const absl::Status status = bootstrap_.agree((this->*phase)()); !status.ok()) {
         if (leads()) log_line(LogLevel::kError, std::string(status.message()));  // the same on every rank: one says it
         return absl::IsUnavailable(status) ? options_.lost : options_.refused;
@@ -129,6 +131,14 @@ class Rank {
     recorder_->catch_crashes();
     recorder_->note(FlightEvent::kStart);
     return absl::OkStatus();
+  }
+
+  absl::Status open_device() {
+    if (options_.device == Device::kCpu) return absl::OkStatus();
+    absl::StatusOr<const cuda::ModuleTable*> module = cuda::open_module(cuda::module_path());
+    if (!module.ok()) return module.status();
+    if (absl::Status status = cuda::check_device(**module, bootstrap_.local_rank()); !status.ok()) return status;
+    return absl::UnimplementedError("the worker does not keep a model in GPU memory yet: compute with --device cpu");
   }
 
   absl::Status open_model() {
@@ -339,6 +349,12 @@ class Rank {
 
 void add_rank_options(CLI::App& command, RankOptions* options) {
   add_runtime_options(command, &options->runtime);
+  command
+      .add_option_function<std::string>(
+          "--device",
+          [options](const std::string& name) { options->device = name == "cuda" ? Device::kCuda : Device::kCpu; },
+          "What ranks compute on: cpu, or cuda, for each a GPU of its own [cpu: it starts everywhere]")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
   command
       .add_option_function<std::string>(
           "--log-format",

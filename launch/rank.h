@@ -13,6 +13,7 @@
 #include "absl/status/statusor.h"
 #include "coordinator/served_model.h"
 #include "coordinator/worker_group.h"
+#include "kernels/tensor.h"
 #include "launch/drain.h"
 #include "launch/fault.h"
 #include "launch/log.h"
@@ -24,6 +25,7 @@ namespace octet {
 
 struct RankOptions {
   RuntimeOptions runtime;
+  Device device = Device::kCpu;
   std::string pretend_nodes;
   LogFormat log_format = LogFormat::kText;
   std::string flight_directory;         // where the ranks leave their flights; empty: one of the job's in flight_home

@@ -2,12 +2,15 @@
 // heads, never over the terms of a sum, so bits do not depend on the number of threads.
 #pragma once
 
+#include "kernels/backend.h"
 #include "kernels/ops.h"
 
 namespace octet::cpu {
 
-constexpr int kMaxPieces = 256;  // of one sum over slices
+// All of them but softmax_weights(), which samplers call on the host whatever the device.
+const Backend& backend();
 
+void copy(Stream& stream, const Tensor& from, const Tensor& to);
 void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight);
 void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
               const Activations& out);

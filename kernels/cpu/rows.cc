@@ -26,6 +26,10 @@ void for_spans(Stream& stream, int64_t rows, int64_t n, int64_t elements_per_ns,
 
 }  // namespace
 
+void copy(Stream&, const Tensor& from, const Tensor& to) {
+  std::memcpy(to.data(), from.data(), static_cast<size_t>(from.bytes()));
+}
+
 void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
               const Activations& out) {
   const int64_t n = x.dim(1);

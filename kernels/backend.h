@@ -1,0 +1,37 @@
+// Backend: one device's kernels as a table that ops.cc calls with checked shapes. The members are the functions of
+// ops.h, where their meaning is written; the CPU's table is part of the binary, the one of CUDA comes with its module.
+#pragma once
+
+#include "kernels/ops.h"
+
+namespace octet {
+
+// What every back end takes: pieces of one sum over slices, and operands on the stack of its program (2^15 slices).
+constexpr int kMaxPieces = 256;
+constexpr int kMaxSumDepth = 16;
+
+struct Backend {
+  void (*copy)(Stream& stream, const Tensor& from, const Tensor& to);
+  void (*pack_rows)(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight);
+  void (*quantize)(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
+                   const Activations& out);
+  void (*linear)(Stream& stream, const Activations& x, std::span<const LinearOutput> outputs);
+  void (*linear_over_slices)(Stream& stream, const Activations& x, const Linear& weight, const SliceRun& run,
+                             std::span<const int64_t> column_ends, const Tensor& partials);
+  void (*add_tree_sum)(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program,
+                       const Tensor& residual);
+  void (*tree_sum)(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out);
+  void (*copy_rows)(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out);
+  void (*rms_norm)(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out);
+  void (*silu_mul)(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor& out);
+  void (*rope_angles)(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq,
+                      const Tensor& cos_sin);
+  void (*rope_and_cache)(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
+                         const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache);
+  void (*attention)(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch,
+                    const Tensor& out);
+  void (*copy_blocks)(Stream& stream, std::span<const int32_t> from, std::span<const int32_t> to, const KvLayer& cache);
+  void (*softmax_parts)(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts);
+};
+
+}  // namespace octet
