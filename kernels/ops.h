@@ -59,8 +59,9 @@ struct Activations {
 
 // Quantises x [tokens, in] BF16 to e4m3. Column group g ends before column group_ends[g]; the last one ends at `in`.
 // Column-parallel layers have one group (the row), row-parallel layers one per slice.
-//   dynamic: amax = min(max|x|, upper_bound); scale = max(amax / 448, 1 / (448 * 512)); code = e4m3(clamp(x * (1 /
-//   scale))) static:  code = e4m3(clamp(x * (1 / scale))), scale as stored
+//   dynamic: amax = min(max|x|, upper_bound); scale = max(amax / 448, 1 / (448 * 512))
+//   static:  scale as stored
+//   either:  code = e4m3(clamp(x * (1 / scale)))
 // A NaN in a group makes its scale NaN, so that it is seen in the result.
 void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
               const Activations& out);

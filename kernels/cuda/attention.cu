@@ -1,0 +1,380 @@
+// Attention over the paged cache: a block has the query heads of one token that read one KV head, eight at most, and
+// one chunk of positions or all of them. Decode is bound by reading the cache, and long contexts of few tokens are
+// shared out over blocks by chunks; partial results meet in a second kernel, left to right as they do inside a block.
+//
+// Prefill computes the same way, reading the cache once for each token: correct, and not yet what tensor cores can do.
+// The layout is ready for them: a dword of a key block is the pair of elements of one position that a lane of
+// mma.m16n8k16 wants as its B operand, and the sixteen dwords of a pair are neighbours.
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/arithmetic.cuh"
+#include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/queue.h"
+
+namespace octet::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunk = static_cast<int>(kAttentionChunk);
+constexpr int kBlock = static_cast<int>(kKvBlockTokens);
+constexpr int kRows = kThreads / kWarp;  // a warp turns the scores of a row into probabilities
+constexpr int kMaxHeadDim = 256;
+constexpr int kPerThread = kRows * kMaxHeadDim / kThreads;
+static_assert(kChunk == kThreads, "a thread has one position of a chunk");
+
+// Contexts are shared out by chunks where there are fewer blocks than would fill a GPU and the partial results are
+// small.
+constexpr int64_t kFewBlocks = 512;
+constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
+
+// A step's batch and one layer's cache, as device code sees them.
+struct Cache {
+  uint16_t* keys;
+  uint16_t* values;
+  const int32_t* positions;
+  const int32_t* sequence_of;
+  const int32_t* block_tables;
+  int64_t max_blocks;
+  int kv_heads, head_dim;
+
+  // Where the elements of (block of `position`, KV head) begin, in keys and values alike.
+  __device__ int64_t block_at(int64_t token, int position, int kv_head) const {
+    const int64_t block = block_tables[sequence_of[token] * max_blocks + position / kBlock];
+    return (block * kv_heads + kv_head) * kBlock * head_dim;
+  }
+};
+
+Cache uploaded(Queue& queue, const KvLayer& cache, const AttentionBatch& batch) {
+  return {.keys = cache.keys.as<uint16_t>(),
+          .values = cache.values.as<uint16_t>(),
+          .positions = queue.upload(batch.positions),
+          .sequence_of = queue.upload(batch.sequence_of),
+          .block_tables = queue.upload(batch.block_tables),
+          .max_blocks = batch.max_blocks,
+          .kv_heads = static_cast<int>(cache.values.dim(1)),
+          .head_dim = static_cast<int>(cache.values.dim(3))};
+}
+
+// ---- Rotation
+
+__global__ void rope_angles_kernel(const int32_t* positions, const float* inv_freq, float* cos_sin, int64_t tokens,
+                                   int64_t half) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= tokens * half) return;
+  // The angle is an FP32 product, as references have it; its sine and cosine are then exact to FP32.
+  const double angle = static_cast<float>(positions[i / half]) * inv_freq[i % half];
+  cos_sin[2 * i] = static_cast<float>(cos(angle));
+  cos_sin[2 * i + 1] = static_cast<float>(sin(angle));
+}
+
+struct Rotated {
+  uint16_t first, second;
+};
+
+// Elements j and j + head_dim / 2 of a head.
+__device__ Rotated rotate(const float* head, const float* cos_sin, int j, int half) {
+  const float first = head[j], second = head[half + j], cosine = cos_sin[2 * j], sine = cos_sin[2 * j + 1];
+  return {float_to_bf16(__fmaf_rn(first, cosine, 0.0f - second * sine)),
+          float_to_bf16(__fmaf_rn(second, cosine, first * sine))};
+}
+
+struct Rope {
+  const float *q, *k, *v, *cos_sin;
+  uint16_t* q_out;
+  Cache cache;
+  int heads;
+};
+
+// A block has a token.
+__global__ void rope_and_cache_kernel(Rope a) {
+  const Cache& cache = a.cache;
+  const int64_t token = blockIdx.x;
+  const int dim = cache.head_dim, half = dim / 2, position = cache.positions[token], slot = position % kBlock;
+  const float* const angles = a.cos_sin + token * dim;
+  for (int i = threadIdx.x; i < a.heads * half; i += blockDim.x) {
+    const int64_t at = (token * a.heads + i / half) * dim;
+    const int j = i % half;
+    const Rotated rotated = rotate(a.q + at, angles, j, half);
+    a.q_out[at + j] = rotated.first;
+    a.q_out[at + half + j] = rotated.second;
+  }
+  for (int i = threadIdx.x; i < cache.kv_heads * half; i += blockDim.x) {
+    const int head = i / half, j = i % half, k = half + j;
+    const float* const from = a.k + (token * cache.kv_heads + head) * dim;
+    uint16_t* const to = cache.keys + cache.block_at(token, position, head) + slot * 2;
+    const Rotated rotated = rotate(from, angles, j, half);
+    to[j / 2 * kBlock * 2 + j % 2] = rotated.first;
+    to[k / 2 * kBlock * 2 + k % 2] = rotated.second;
+  }
+  for (int i = threadIdx.x; i < cache.kv_heads * dim; i += blockDim.x) {
+    const int head = i / dim, d = i % dim;
+    cache.values[cache.block_at(token, position, head) + slot * dim + d] =
+        float_to_bf16(a.v[(token * cache.kv_heads + head) * dim + d]);
+  }
+}
+
+// ---- Softmax partials
+
+// (max, sum) of one row so far, and the merging of the next chunk's.
+struct Running {
+  float max, sum;
+};
+struct Factors {
+  float ours, theirs;
+};
+
+__device__ Factors merge(Running& running, const Running& next) {
+  const float most = larger(running.max, next.max);
+  const Factors factors = {exponential(running.max - most), exponential(next.max - most)};
+  running.max = most;
+  running.sum = __fmaf_rn(next.sum, factors.theirs, running.sum * factors.ours);
+  return factors;
+}
+
+__device__ float merge(float ours, float theirs, const Factors& factors) {
+  return __fmaf_rn(theirs, factors.theirs, ours * factors.ours);
+}
+
+// ---- Attention
+
+struct Attend {
+  const uint16_t* q;
+  uint16_t* out;
+  Cache cache;
+  int heads, row_tiles;
+  float scale;
+  float* partials;  // [tokens, heads, chunks, 2 + head_dim]: max, sum, accumulator; null where a block has all chunks
+  int64_t chunks;
+
+  __device__ float* partial(int64_t token, int64_t head, int64_t chunk) const {
+    return partials + ((token * heads + head) * chunks + chunk) * (2 + cache.head_dim);
+  }
+};
+
+// The rows of a block: heads [first_head, first_head + rows) of a token.
+struct Rows {
+  int64_t token;
+  int kv_head, first_head, count, position;
+};
+
+__device__ Rows rows_of_block(const Attend& a) {
+  const int heads_per_kv = a.heads / a.cache.kv_heads;
+  const int tile = static_cast<int>(blockIdx.x % a.row_tiles);
+  const int kv_head = static_cast<int>(blockIdx.x / a.row_tiles % a.cache.kv_heads);
+  const int64_t token = blockIdx.x / a.row_tiles / a.cache.kv_heads;
+  return {token, kv_head, kv_head * heads_per_kv + tile * kRows, lesser(kRows, heads_per_kv - tile * kRows),
+          a.cache.positions[token]};
+}
+
+// What a block computes of one chunk.
+struct ChunkMemory {
+  float q[kRows][kMaxHeadDim];
+  float scores[kRows][kChunk];
+  Running chunk[kRows];
+  Running running[kRows];
+  Factors factors[kRows];
+};
+
+// A thread's position against all rows.
+__device__ void score(const Attend& a, const Rows& rows, int chunk, int valid, ChunkMemory& memory) {
+  const int at = static_cast<int>(threadIdx.x);
+  if (at >= valid) return;
+  const int position = chunk * kChunk + at;
+  const uint16_t* key = a.cache.keys + a.cache.block_at(rows.token, position, rows.kv_head) + position % kBlock * 2;
+  float sum[kRows] = {};
+  for (int d = 0; d < a.cache.head_dim; d += 2, key += kBlock * 2) {
+    const float even = bf16_to_float(key[0]), odd = bf16_to_float(key[1]);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (row >= rows.count) break;
+      sum[row] = __fmaf_rn(memory.q[row][d + 1], odd, sum[row]);
+      sum[row] = __fmaf_rn(memory.q[row][d], even, sum[row]);
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    if (row < rows.count) memory.scores[row][at] = sum[row] * a.scale;
+  }
+}
+
+// A warp's row: scores become exp(score - max).
+__device__ void softmax(const Rows& rows, int valid, ChunkMemory& memory) {
+  const int row = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  if (row >= rows.count) return;
+  float* const scores = memory.scores[row];
+  float max = -kInfinity;
+  for (int i = lane; i < valid; i += kWarp) max = larger(max, scores[i]);
+  for (int width = kWarp / 2; width >= 1; width /= 2) max = larger(max, __shfl_xor_sync(0xFFFFFFFF, max, width));
+  for (int i = lane; i < valid; i += kWarp) scores[i] = exponential(scores[i] - max);
+  __syncwarp();
+  if (lane >= kLanes) return;
+  float sum = 0;
+  for (int i = lane; i < valid; i += kLanes) sum += scores[i];
+  sum = sum_lanes(sum);
+  if (lane == 0) memory.chunk[row] = {max, sum};
+}
+
+// Element d of a row's accumulator over the chunk.
+__device__ float weigh(const Attend& a, const Rows& rows, int chunk, int valid, const float* probabilities, int d) {
+  float sum = 0;
+  for (int at = 0; at < valid;) {
+    const uint16_t* value = a.cache.values + a.cache.block_at(rows.token, chunk * kChunk + at, rows.kv_head) + d;
+    for (const int end = lesser(valid, at + kBlock); at < end; ++at, value += a.cache.head_dim) {
+      sum = __fmaf_rn(probabilities[at], bf16_to_float(*value), sum);
+    }
+  }
+  return sum;
+}
+
+template <bool kOneChunk>
+__global__ void attend_kernel(Attend a) {
+  __shared__ ChunkMemory memory;
+  const Rows rows = rows_of_block(a);
+  const int dim = a.cache.head_dim, elements = rows.count * dim;
+  const int last_chunk = rows.position / kChunk;
+  const int first = kOneChunk ? static_cast<int>(blockIdx.y) : 0, end = kOneChunk ? first + 1 : last_chunk + 1;
+  if (first > last_chunk) return;
+  for (int i = threadIdx.x; i < elements; i += blockDim.x) {
+    memory.q[i / dim][i % dim] = bf16_to_float(a.q[(rows.token * a.heads + rows.first_head) * dim + i]);
+  }
+  __syncthreads();
+  float total[kPerThread] = {};
+  for (int chunk = first; chunk < end; ++chunk) {
+    const int valid = lesser(kChunk, rows.position + 1 - chunk * kChunk);
+    score(a, rows, chunk, valid, memory);
+    __syncthreads();
+    softmax(rows, valid, memory);
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < rows.count) {
+      Running& running = memory.running[threadIdx.x];
+      if (chunk == first) {
+        running = memory.chunk[threadIdx.x];
+      } else {
+        memory.factors[threadIdx.x] = merge(running, memory.chunk[threadIdx.x]);
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int at = i * kThreads + static_cast<int>(threadIdx.x);
+      if (at >= elements) break;
+      const float weighed = weigh(a, rows, chunk, valid, memory.scores[at / dim], at % dim);
+      total[i] = chunk == first ? weighed : merge(total[i], weighed, memory.factors[at / dim]);
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int at = i * kThreads + static_cast<int>(threadIdx.x);
+    if (at >= elements) break;
+    const int row = at / dim, d = at % dim;
+    if constexpr (kOneChunk) {
+      float* const to = a.partial(rows.token, rows.first_head + row, first);
+      if (d == 0) {
+        to[0] = memory.running[row].max;
+        to[1] = memory.running[row].sum;
+      }
+      to[2 + d] = total[i];
+    } else {
+      a.out[(rows.token * a.heads + rows.first_head + row) * dim + d] =
+          float_to_bf16(__fdiv_rn(total[i], memory.running[row].sum));
+    }
+  }
+}
+
+// A block has a head of a token, a thread an element: chunks meet left to right.
+__global__ void merge_kernel(Attend a) {
+  const int64_t token = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
+  const int d = static_cast<int>(threadIdx.x), dim = a.cache.head_dim;
+  if (d >= dim) return;
+  const float* at = a.partial(token, head, 0);
+  Running running = {at[0], at[1]};
+  float total = at[2 + d];
+  for (int chunk = 1; chunk <= a.cache.positions[token] / kChunk; ++chunk) {
+    at = a.partial(token, head, chunk);
+    const Factors factors = merge(running, {at[0], at[1]});
+    total = merge(total, at[2 + d], factors);
+  }
+  a.out[(token * a.heads + head) * dim + d] = float_to_bf16(__fdiv_rn(total, running.sum));
+}
+
+// ---- Copies
+
+struct BlockCopies {
+  uint32_t *keys, *values;
+  const int32_t *from, *to;
+  int64_t count, words;  // of a block
+};
+
+// A thread has one word of a block and makes all copies of it, in order: a copy may read what the one before it wrote.
+__global__ void copy_blocks_kernel(BlockCopies a) {
+  const int64_t word = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (word >= a.words) return;
+  for (int64_t i = 0; i < a.count; ++i) {
+    a.keys[a.to[i] * a.words + word] = a.keys[a.from[i] * a.words + word];
+    a.values[a.to[i] * a.words + word] = a.values[a.from[i] * a.words + word];
+  }
+}
+
+}  // namespace
+
+void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin) {
+  if (cos_sin.elements() == 0) return;
+  Queue& queue = queue_of(stream);
+  queue.launch(rope_angles_kernel, blocks_for(cos_sin.elements() / 2, kThreads), kThreads, queue.upload(positions),
+               inv_freq.as<float>(), cos_sin.as<float>(), cos_sin.dim(0), cos_sin.dim(1));
+}
+
+void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
+                    const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache) {
+  if (q.dim(0) == 0) return;
+  Queue& queue = queue_of(stream);
+  queue.launch(rope_and_cache_kernel, static_cast<unsigned>(q.dim(0)), kThreads,
+               Rope{.q = q.as<float>(),
+                    .k = k.as<float>(),
+                    .v = v.as<float>(),
+                    .cos_sin = cos_sin.as<float>(),
+                    .q_out = q_out.as<uint16_t>(),
+                    .cache = uploaded(queue, cache, batch),
+                    .heads = static_cast<int>(q.dim(1))});
+}
+
+void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out) {
+  const int64_t tokens = q.dim(0), heads = q.dim(1), head_dim = q.dim(2), kv_heads = cache.values.dim(1);
+  if (tokens == 0) return;
+  Queue& queue = queue_of(stream);
+  const int64_t chunks = *std::max_element(batch.positions.begin(), batch.positions.end()) / kAttentionChunk + 1;
+  Attend a = {.q = q.as<uint16_t>(),
+              .out = out.as<uint16_t>(),
+              .cache = uploaded(queue, cache, batch),
+              .heads = static_cast<int>(heads),
+              .row_tiles = static_cast<int>((heads / kv_heads + kRows - 1) / kRows),
+              .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))),
+              .partials = nullptr,
+              .chunks = chunks};
+  const int64_t blocks = tokens * kv_heads * a.row_tiles;
+  const int64_t partial_bytes = tokens * heads * chunks * (2 + head_dim) * static_cast<int64_t>(sizeof(float));
+  if (chunks == 1 || blocks >= kFewBlocks || partial_bytes > kMostPartialBytes) {
+    queue.launch(attend_kernel<false>, static_cast<unsigned>(blocks), kThreads, a);
+    return;
+  }
+  a.partials = static_cast<float*>(queue.scratch(partial_bytes));
+  queue.launch(attend_kernel<true>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)), kThreads, a);
+  queue.launch(merge_kernel, static_cast<unsigned>(tokens * heads), kThreads, a);
+}
+
+void copy_blocks(Stream& stream, std::span<const int32_t> from, std::span<const int32_t> to, const KvLayer& cache) {
+  if (from.empty()) return;
+  Queue& queue = queue_of(stream);
+  const int64_t words = cache.keys.bytes() / cache.keys.dim(0) / static_cast<int64_t>(sizeof(uint32_t));
+  queue.launch(copy_blocks_kernel, blocks_for(words, kThreads), kThreads,
+               BlockCopies{.keys = static_cast<uint32_t*>(cache.keys.data()),
+                           .values = static_cast<uint32_t*>(cache.values.data()),
+                           .from = queue.upload(from),
+                           .to = queue.upload(to),
+                           .count = static_cast<int64_t>(from.size()),
+                           .words = words});
+}
+
+}  // namespace octet::cuda

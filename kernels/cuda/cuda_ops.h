@@ -1,0 +1,33 @@
+// The CUDA back end of ops.h: the same functions, called with checked shapes. Tensors lie on the device, spans and the
+// raw rows of pack_rows() on the host. Every kernel keeps the order of operations of the CPU's, so that what one
+// computes can be held against the other bit for bit; the orders of libraries are for modes that do not promise bits.
+//
+// They are written for threads, blocks, shared memory, barriers and shuffles, and use of floating point what rounds as
+// IEEE 754 says: + - * and __fmaf_rn, __fdiv_rn, __fsqrt_rn, built with -fmad=false (nothing is fused that is not
+// written so) and -ftz=true (denormals flushed, as the CPU does).
+#pragma once
+
+#include "kernels/ops.h"
+
+namespace octet::cuda {
+
+void copy(Stream& stream, const Tensor& from, const Tensor& to);
+void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight);
+void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
+              const Activations& out);
+void linear(Stream& stream, const Activations& x, std::span<const LinearOutput> outputs);
+void linear_over_slices(Stream& stream, const Activations& x, const Linear& weight, const SliceRun& run,
+                        std::span<const int64_t> column_ends, const Tensor& partials);
+void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& residual);
+void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out);
+void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out);
+void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out);
+void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor& out);
+void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin);
+void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
+                    const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache);
+void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out);
+void copy_blocks(Stream& stream, std::span<const int32_t> from, std::span<const int32_t> to, const KvLayer& cache);
+void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts);
+
+}  // namespace octet::cuda

@@ -1,0 +1,86 @@
+// What liboctet_cuda.so shows of itself: one table.
+#include "kernels/cuda/module.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/queue.h"
+
+namespace octet::cuda {
+namespace {
+
+int device_count(const char** why) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count > 0) return count;
+  *why = error == cudaSuccess ? "the driver shows none" : cudaGetErrorString(error);
+  return 0;
+}
+
+DeviceFacts device_facts(int device) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "reading a device's properties");
+  DeviceFacts facts = {.name = {},
+                       .major = properties.major,
+                       .minor = properties.minor,
+                       .memory_bytes = static_cast<int64_t>(properties.totalGlobalMem)};
+  std::memcpy(facts.name, properties.name, std::min(sizeof(facts.name), sizeof(properties.name)) - 1);
+  return facts;
+}
+
+Queue* open_queue(int device) { return new Queue(device); }
+void close_queue(Queue* queue) { delete queue; }
+void synchronize(Queue* queue) { queue->synchronize(); }
+
+void* allocate(Queue* queue, int64_t bytes) {
+  check(cudaSetDevice(queue->device()), "choosing the device");
+  void* data = nullptr;
+  if (cudaMalloc(&data, static_cast<size_t>(bytes)) != cudaSuccess) {
+    (void)cudaGetLastError();  // the next call must not find it
+    return nullptr;
+  }
+  check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), queue->stream()), "clearing memory");
+  return data;
+}
+
+void release(Queue* queue, void* data) {
+  queue->synchronize();
+  check(cudaFree(data), "freeing memory");
+}
+
+constexpr Backend kBackend = {.copy = copy,
+                              .pack_rows = pack_rows,
+                              .quantize = quantize,
+                              .linear = linear,
+                              .linear_over_slices = linear_over_slices,
+                              .add_tree_sum = add_tree_sum,
+                              .tree_sum = tree_sum,
+                              .copy_rows = copy_rows,
+                              .rms_norm = rms_norm,
+                              .silu_mul = silu_mul,
+                              .rope_angles = rope_angles,
+                              .rope_and_cache = rope_and_cache,
+                              .attention = attention,
+                              .copy_blocks = copy_blocks,
+                              .softmax_parts = softmax_parts};
+
+constexpr ModuleTable kTable = {.abi = kModuleAbi,
+                                .built_for = OCTET_CUDA_BUILT_FOR,
+                                .device_count = device_count,
+                                .device_facts = device_facts,
+                                .open_queue = open_queue,
+                                .close_queue = close_queue,
+                                .synchronize = synchronize,
+                                .allocate = allocate,
+                                .release = release,
+                                .backend = &kBackend};
+
+}  // namespace
+}  // namespace octet::cuda
+
+extern "C" __attribute__((visibility("default"))) const octet::cuda::ModuleTable* octet_cuda_module() {
+  return &octet::cuda::kTable;
+}

@@ -1,0 +1,240 @@
+// Grids on fibers. A fiber lives from one block to the next: when a thread of a block has ended, its fiber waits to be
+// the same thread of the next block.
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <xmmintrin.h>
+
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+#include "tests/cuda_emulation/cuda_runtime.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace cuda_emulation {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 128 << 10;
+constexpr unsigned kFlushDenormals = 0x8040;  // flush-to-zero and denormals-are-zero in MXCSR
+
+[[noreturn]] void undefined_on_a_gpu(const char* what) {
+  std::fprintf(stderr, "CUDA emulation: %s\n", what);
+  std::abort();
+}
+
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  void* stack = nullptr;
+  dim3 index;
+  State state = State::kDone;
+  unsigned lanes = 0;          // of the warp barrier at which it waits
+  uint32_t brought = 0;        // to a shuffle
+  void* fake_stack = nullptr;  // AddressSanitizer's
+};
+
+// The blocks of one host thread.
+class Machine {
+ public:
+  ~Machine() {
+    for (const auto& fiber : fibers_) munmap(fiber->stack, kStackBytes);
+  }
+
+  void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+    const unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | kFlushDenormals);
+    kernel_ = &kernel;
+    blockDim = block;
+    prepare_fibers(block);
+    for (unsigned z = 0; z < grid.z; ++z) {
+      for (unsigned y = 0; y < grid.y; ++y) {
+        for (unsigned x = 0; x < grid.x; ++x) {
+          blockIdx = dim3(x, y, z);
+          run_block();
+        }
+      }
+    }
+    _mm_setcsr(mode);
+  }
+
+  void wait(State at, unsigned lanes) {
+    running->state = at;
+    running->lanes = lanes;
+    leave(*running);
+  }
+
+  Fiber& neighbour(int lane) {
+    const size_t at = place_of_running() / kWarp * kWarp + static_cast<size_t>(lane);
+    if (lane < 0 || lane >= kWarp || at >= threads_) undefined_on_a_gpu("a shuffle reads a lane that does not exist");
+    return *fibers_[at];
+  }
+
+  int lane() const { return static_cast<int>(place_of_running() % kWarp); }
+
+  Fiber* running = nullptr;
+
+ private:
+  size_t place_of_running() const {
+    return running->index.x + blockDim.x * (running->index.y + size_t{blockDim.y} * running->index.z);
+  }
+
+  void prepare_fibers(dim3 block) {
+    threads_ = size_t{block.x} * block.y * block.z;
+    if (threads_ == 0 || threads_ > 1024) undefined_on_a_gpu("a block has 1 to 1024 threads");
+    while (fibers_.size() < threads_) fibers_.push_back(make_fiber());
+    size_t i = 0;
+    for (unsigned z = 0; z < block.z; ++z) {
+      for (unsigned y = 0; y < block.y; ++y) {
+        for (unsigned x = 0; x < block.x; ++x) fibers_[i++]->index = dim3(x, y, z);
+      }
+    }
+  }
+
+  std::unique_ptr<Fiber> make_fiber() {
+    auto fiber = std::make_unique<Fiber>();
+    fiber->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (fiber->stack == MAP_FAILED) undefined_on_a_gpu("no memory for a fiber's stack");
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack;
+    fiber->context.uc_stack.ss_size = kStackBytes;
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, reinterpret_cast<void (*)()>(&Machine::be_a_thread), 0);
+    return fiber;
+  }
+
+  // A fiber's whole life.
+  static void be_a_thread();
+
+  void run_block() {
+    for (size_t i = 0; i < threads_; ++i) fibers_[i]->state = State::kReady;
+    while (true) {
+      const bool any = run_ready();
+      if (done()) return;
+      if (!any) release_block();
+    }
+  }
+
+  bool done() const {
+    return std::all_of(fibers_.begin(), fibers_.begin() + static_cast<std::ptrdiff_t>(threads_),
+                       [](const auto& fiber) { return fiber->state == State::kDone; });
+  }
+
+  // Each thread that can run runs until it waits; from another first one, and by another stride, each time.
+  bool run_ready() {
+    turn_ = turn_ * 6364136223846793005u + 1442695040888963407u;
+    const size_t first = (turn_ >> 33) % threads_;
+    const bool backwards = (turn_ >> 32 & 1) != 0;
+    bool any = false;
+    for (size_t i = 0; i < threads_; ++i) {
+      const size_t step = backwards ? threads_ - i : i;
+      Fiber& fiber = *fibers_[(first + step) % threads_];
+      if (fiber.state != State::kReady) continue;
+      any = true;
+      enter(fiber);
+      if (fiber.state == State::kAtWarpBarrier) release_warp(fiber);
+    }
+    return any;
+  }
+
+  void release_block() {
+    for (size_t i = 0; i < threads_; ++i) {
+      if (fibers_[i]->state == State::kDone) undefined_on_a_gpu("a thread ended before a barrier that others wait at");
+      if (fibers_[i]->state == State::kAtWarpBarrier) {
+        undefined_on_a_gpu("a warp waits for a lane that does not come");
+      }
+    }
+    for (size_t i = 0; i < threads_; ++i) fibers_[i]->state = State::kReady;
+  }
+
+  // Lets the lanes go that `last` waits with, if all have come.
+  void release_warp(const Fiber& last) {
+    running = const_cast<Fiber*>(&last);
+    const unsigned lanes = last.lanes;
+    if ((lanes >> lane() & 1) == 0) undefined_on_a_gpu("a thread is not among the lanes that it names");
+    for (int i = 0; i < kWarp; ++i) {
+      if ((lanes >> i & 1) == 0) continue;
+      const Fiber& fiber = neighbour(i);
+      if (fiber.state == State::kDone) undefined_on_a_gpu("a warp waits for a thread that has ended");
+      if (fiber.state != State::kAtWarpBarrier || fiber.lanes != lanes) return;
+    }
+    for (int i = 0; i < kWarp; ++i) {
+      if ((lanes >> i & 1) != 0) neighbour(i).state = State::kReady;
+    }
+  }
+
+  void enter(Fiber& fiber) {
+    running = &fiber;
+    threadIdx = fiber.index;
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStackBytes);
+    swapcontext(&scheduler_, &fiber.context);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#else
+    swapcontext(&scheduler_, &fiber.context);
+#endif
+  }
+
+  void leave(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&fiber.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
+    swapcontext(&fiber.context, &scheduler_);
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
+#else
+    swapcontext(&fiber.context, &scheduler_);
+#endif
+  }
+
+  const std::function<void()>* kernel_ = nullptr;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  size_t threads_ = 0;
+  ucontext_t scheduler_;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
+  uint64_t turn_ = 1;
+};
+
+Machine& machine() {
+  thread_local Machine machine;
+  return machine;
+}
+
+void Machine::be_a_thread() {
+  Machine& self = machine();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &self.scheduler_stack_, &self.scheduler_stack_bytes_);
+#endif
+  while (true) {
+    Fiber& fiber = *self.running;
+    (*self.kernel_)();
+    fiber.state = State::kDone;
+    self.leave(fiber);
+  }
+}
+
+}  // namespace
+
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) { machine().run_grid(grid, block, kernel); }
+
+int lane() { return machine().lane(); }
+
+void block_barrier() { machine().wait(State::kAtBlockBarrier, 0); }
+void warp_barrier(unsigned lanes) { machine().wait(State::kAtWarpBarrier, lanes); }
+
+uint32_t shuffle(unsigned lanes, uint32_t bits, int from) {
+  machine().running->brought = bits;
+  if (from < 0 || from >= kWarp || (lanes >> from & 1) == 0) {
+    undefined_on_a_gpu("a shuffle reads a lane that it does not name");
+  }
+  warp_barrier(lanes);
+  const uint32_t result = machine().neighbour(from).brought;
+  warp_barrier(lanes);  // nobody brings the next bits before all have read these
+  return result;
+}
+
+}  // namespace cuda_emulation

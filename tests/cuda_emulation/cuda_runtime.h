@@ -1,0 +1,148 @@
+// The part of <cuda_runtime.h> that kernels/cuda uses, computed by this machine's CPU, so that the whole CUDA module
+// can be built by a plain compiler and tested where there is no GPU: its indices and its arithmetic, not its speed.
+//
+// Blocks run one after the other. A block's threads are fibers of the calling thread, which take turns at barriers and
+// shuffles in an order that changes from turn to turn: a result that depends on the order is a missing barrier. What
+// would hang or be undefined on a GPU (a thread that left before a barrier, a lane that a shuffle names in vain) ends
+// the process with a sentence. Device memory is the heap, so that AddressSanitizer sees every access out of bounds.
+//
+// Floating point: the caller builds without contraction, blocks run with denormals flushed, and __fmaf_rn, __fdiv_rn
+// and
+// __fsqrt_rn are the IEEE 754 operations that they are on the device.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static thread_local  // blocks of one thread run one after the other
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace cuda_emulation {
+
+constexpr size_t kMemoryBytes = size_t{1} << 33;  // of the device
+
+// Runs `kernel` for every thread of the grid.
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel);
+
+void block_barrier();
+// Barrier of the named lanes of the calling thread's warp.
+void warp_barrier(unsigned lanes);
+// The bits that lane `from` of the warp brought to the same shuffle.
+uint32_t shuffle(unsigned lanes, uint32_t bits, int from);
+int lane();
+
+}  // namespace cuda_emulation
+
+// Of the thread that runs.
+inline constinit thread_local dim3 threadIdx, blockIdx, blockDim;
+
+// ---- Device functions
+
+inline void __syncthreads() { cuda_emulation::block_barrier(); }
+inline void __syncwarp(unsigned lanes = 0xFFFFFFFF) { cuda_emulation::warp_barrier(lanes); }
+
+// Lanes outside the segment of `width` keep their own value.
+template <typename T>
+T __shfl_down_sync(unsigned lanes, T value, int delta, int width = 32) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const int lane = cuda_emulation::lane();
+  const bool inside = lane % width + delta < width;
+  bits = cuda_emulation::shuffle(lanes, bits, inside ? lane + delta : lane);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned lanes, T value, int change) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = cuda_emulation::shuffle(lanes, bits, cuda_emulation::lane() ^ change);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at = std::max(before, value);
+  return before;
+}
+
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
+
+// ---- Host functions: they do at once what a stream would do later
+
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum { cudaStreamNonBlocking };
+using cudaStream_t = int*;
+
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor;
+  size_t totalGlobalMem;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  cuda_emulation::run_grid(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
+
+inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {.name = "emulated", .major = 9, .minor = 0, .totalGlobalMem = cuda_emulation::kMemoryBytes};
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, int) {
+  *stream = nullptr;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaMalloc(void** data, size_t bytes) {
+  *data = bytes > cuda_emulation::kMemoryBytes ? nullptr : std::malloc(bytes);
+  if (*data != nullptr) std::memset(*data, 0xCB, bytes);  // fresh memory of a device is not zero either
+  return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+inline cudaError_t cudaFree(void* data) {
+  std::free(data);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMallocHost(void** data, size_t bytes) { return cudaMalloc(data, bytes); }
+inline cudaError_t cudaFreeHost(void* data) { return cudaFree(data); }
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}

@@ -1,0 +1,86 @@
+// The emulation that CUDA kernels are tested on sees what would go wrong on a GPU.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+#include <vector>
+
+#include "tests/cuda_emulation/cuda_runtime.h"
+
+namespace octet {
+namespace {
+
+constexpr unsigned kThreads = 64;
+
+// Every thread writes its number and reads its neighbour's.
+__global__ void rotate(unsigned* out, bool barrier) {
+  __shared__ unsigned numbers[kThreads];
+  numbers[threadIdx.x] = 1000 * blockIdx.x + threadIdx.x;
+  if (barrier) __syncthreads();
+  out[blockIdx.x * kThreads + threadIdx.x] = numbers[(threadIdx.x + 1) % kThreads];
+}
+
+std::vector<unsigned> rotated(unsigned blocks, bool barrier) {
+  std::vector<unsigned> out(blocks * kThreads);
+  cuda_emulation::run_grid(blocks, kThreads, [&] { rotate(out.data(), barrier); });
+  return out;
+}
+
+TEST(CudaEmulation, KeepsThreadsBeforeABarrierUntilAllHaveCome) {
+  const std::vector<unsigned> out = rotated(20, true);
+  for (unsigned i = 0; i < out.size(); ++i) ASSERT_EQ(out[i], i / kThreads * 1000 + (i + 1) % kThreads);
+}
+
+TEST(CudaEmulation, ShowsAMissingBarrier) { EXPECT_NE(rotated(20, false), rotated(20, true)); }
+
+TEST(CudaEmulation, NumbersThreadsAndBlocksInAllDimensions) {
+  std::set<std::string> seen;
+  cuda_emulation::run_grid(dim3(2, 3, 2), dim3(4, 2, 3), [&] {
+    std::string at;
+    for (const dim3& index : {blockIdx, threadIdx}) {
+      for (const unsigned i : {index.x, index.y, index.z}) at += std::to_string(i) + " ";
+    }
+    seen.insert(at);
+  });
+  EXPECT_EQ(seen.size(), 2u * 3 * 2 * 4 * 2 * 3);
+}
+
+TEST(CudaEmulation, ShufflesWithinAWarpAndItsSegments) {
+  std::vector<float> down(kThreads), across(kThreads);
+  cuda_emulation::run_grid(1, kThreads, [&] {
+    const float mine = static_cast<float>(threadIdx.x);
+    across[threadIdx.x] = __shfl_xor_sync(0xFFFFFFFF, mine, 5);
+    down[threadIdx.x] = __shfl_down_sync(0xFFFFFFFF, mine, 3, 8);
+  });
+  for (unsigned i = 0; i < kThreads; ++i) {
+    EXPECT_EQ(across[i], static_cast<float>(i ^ 5));
+    EXPECT_EQ(down[i], static_cast<float>(i % 8 + 3 < 8 ? i + 3 : i));
+  }
+}
+
+TEST(CudaEmulation, FlushesDenormals) {
+  volatile float tiny = 1e-30f, zero = 1;
+  cuda_emulation::run_grid(1, 1, [&] { zero = __fmaf_rn(tiny, 1e-10f, 0.0f); });
+  EXPECT_EQ(zero, 0.0f);
+  EXPECT_GT(tiny * 1e-10f, 0.0f) << "the caller's mode was not restored";
+}
+
+TEST(CudaEmulationDeathTest, EndsWhatWouldHangOrMeanNothing) {
+  const auto run = [](unsigned threads, auto kernel) { cuda_emulation::run_grid(1, threads, kernel); };
+  EXPECT_DEATH(run(8,
+                   [] {
+                     if (threadIdx.x != 3) __syncthreads();
+                   }),
+               "a thread ended before a barrier");
+  EXPECT_DEATH(run(32,
+                   [] {
+                     if (threadIdx.x != 3) __syncwarp();
+                   }),
+               "a warp waits for a thread that has ended");
+  EXPECT_DEATH(run(32, [] { __syncwarp(0xFFFF); }), "not among the lanes that it names");
+  EXPECT_DEATH(run(16, [] { __shfl_xor_sync(0xFFFF, 1.0f, 16); }), "reads a lane that it does not name");
+  EXPECT_DEATH(run(2000, [] {}), "a block has 1 to 1024 threads");
+}
+
+}  // namespace
+}  // namespace octet

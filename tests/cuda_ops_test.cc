@@ -1,0 +1,370 @@
+// The CUDA module, emulated (see cuda_emulation/cuda_runtime.h), against the CPU back end bit for bit. The CPU's own
+// tests hold it against the reference.
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "kernels/cuda/open_module.h"
+#include "kernels/ops.h"
+#include "tests/op_cases.h"
+
+namespace octet {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+const cuda::ModuleTable& module() {
+  static const cuda::ModuleTable* const kModule = [] {
+    const auto opened = cuda::open_module(OCTET_EMULATED_CUDA);
+    if (!opened.ok()) ADD_FAILURE() << opened.status();
+    return *opened;
+  }();
+  return *kModule;
+}
+
+constexpr Stream::CpuOptions kHost = {.threads = 1, .isa = Isa::kPortable, .spin = false};
+
+// Where an operation runs: takes tensors there.
+class Place {
+ public:
+  explicit Place(Stream& stream) : stream(stream) {}
+
+  Tensor zeros(DType dtype, Shape shape) {
+    memory_.push_back(std::make_unique<Buffer>(std::max<int64_t>(shape.elements() * size_of(dtype), 1), stream));
+    return memory_.back()->tensor(dtype, shape);
+  }
+  Tensor put(const Tensor& host) {
+    const Tensor there = zeros(host.dtype(), host.shape());
+    copy(stream, host, there);
+    return there;
+  }
+  Linear pack(const Tensor& raw, const Tensor& scale) {
+    const int64_t out = raw.dim(0), in = raw.dim(1);
+    const Linear linear = {.out_features = out,
+                           .in_features = in,
+                           .weight = zeros(raw.dtype(), {packed_bytes(raw.dtype(), out, in) / size_of(raw.dtype())}),
+                           .weight_scale = raw.dtype() == DType::kF8E4M3 ? put(scale) : Tensor(),
+                           .activations = {}};
+    const int64_t first = std::min<int64_t>(kPanelRows, out);  // in two pieces where there are two panels
+    pack_rows(stream, raw.rows(0, first), 0, linear);
+    if (first < out) pack_rows(stream, raw.rows(first, out), first, linear);
+    return linear;
+  }
+
+  Stream& stream;
+
+ private:
+  std::vector<std::unique_ptr<Buffer>> memory_;
+};
+
+using Operation = std::function<std::vector<Tensor>(Place&)>;
+
+std::vector<Owned> results_of(const Operation& operation, Stream& stream) {
+  Place place(stream);
+  std::vector<Owned> results;
+  for (const Tensor& there : operation(place)) {
+    results.emplace_back(there.dtype(), there.shape());
+    copy(stream, there, results.back());
+  }
+  return results;
+}
+
+// Runs `operation` on both back ends; what it returns must have the same bits.
+void expect_same_on_both(const std::string& what, const Operation& operation) {
+  Stream cpu({.threads = 1, .isa = best_isa(), .spin = false});
+  Stream cuda(module(), 0, kHost);
+  const std::vector<Owned> expected = results_of(operation, cpu), actual = results_of(operation, cuda);
+  ASSERT_EQ(actual.size(), expected.size());
+  for (size_t i = 0; i < actual.size(); ++i) {
+    expect_same_bits(actual[i], expected[i], what + ", result " + std::to_string(i));
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+struct Input {
+  Owned values, scales;
+  Activations at(Place& place) const {
+    return {place.put(values), values.tensor.dtype() == DType::kF8E4M3 ? place.put(scales) : Tensor()};
+  }
+};
+
+Input random_input(Random& random, DType dtype, int64_t tokens, int64_t in, int64_t groups) {
+  return {dtype == DType::kBF16 ? random.bf16({tokens, in}) : random.e4m3({tokens, in}),
+          random.f32({tokens, groups}, 0.1f)};
+}
+
+Owned random_weight(Random& random, DType dtype, int64_t out, int64_t in) {
+  return dtype == DType::kBF16 ? random.bf16({out, in}) : random.e4m3({out, in});
+}
+
+TEST(CudaLinear, HasTheCpusBitsOverOddSizes) {
+  Random random(1);
+  const struct {
+    int64_t tokens, in, out;
+  } cases[] = {{1, 2, 1},   {1, 64, 32},   {1, 3000, 33}, {2, 130, 95}, {3, 576, 100}, {7, 66, 65},
+               {8, 62, 64}, {9, 1026, 31}, {17, 190, 34}, {40, 34, 7},  {70, 18, 40}};
+  for (const auto& [tokens, in, out] : cases) {
+    for (const DType weight_type : {DType::kBF16, DType::kF8E4M3}) {
+      for (const DType x_type : {DType::kBF16, DType::kF8E4M3}) {
+        const Owned raw = random_weight(random, weight_type, out, in), scale = random.f32({out}, 0.01f);
+        const Input x = random_input(random, x_type, tokens, in, 1);
+        expect_same_on_both(Shape({tokens, in, out}).to_string(), [&](Place& place) {
+          const Linear weight = place.pack(raw, scale), again = place.pack(raw, scale);
+          const LinearOutput outputs[] = {{&weight, place.zeros(DType::kF32, {tokens, out})},
+                                          {&again, place.zeros(DType::kF32, {tokens, out})}};
+          linear(place.stream, x.at(place), outputs);
+          return std::vector<Tensor>{outputs[0].out, outputs[1].out};
+        });
+      }
+    }
+  }
+}
+
+TEST(CudaLinear, FlushesDenormalsAsTheCpuDoes) {
+  Random random(2);
+  Owned x = random.bf16({5, 130}), raw = random.bf16({33, 130});
+  for (Owned* const tensor : {&x, &raw}) {  // exponents whose products are around the smallest normal number
+    for (int64_t i = 0; i < tensor->tensor.elements(); ++i) {
+      tensor->tensor.as<uint16_t>()[i] =
+          static_cast<uint16_t>((random.bits() & 0x807F) | static_cast<uint64_t>(random.below(130)) << 7);
+    }
+  }
+  const Owned none = random.f32({33});
+  expect_same_on_both("denormals", [&](Place& place) {
+    const Linear weight = place.pack(raw, none);
+    const LinearOutput output = {&weight, place.zeros(DType::kF32, {5, 33})};
+    linear(place.stream, {place.put(x), {}}, {&output, 1});
+    return std::vector<Tensor>{output.out};
+  });
+}
+
+TEST(CudaLinearOverSlices, HasTheCpusBitsForEveryRun) {
+  Random random(3);
+  for (const int total : {1, 2, 3, 5, 8}) {
+    for (int first = 0; first < total; ++first) {
+      for (int count = 1; first + count <= total; ++count) {
+        const DType x_type = (first + count) % 2 == 0 ? DType::kBF16 : DType::kF8E4M3;
+        const DType weight_type = count % 2 == 0 ? DType::kBF16 : DType::kF8E4M3;
+        std::vector<int64_t> ends;
+        for (int i = 0; i < count; ++i) ends.push_back((ends.empty() ? 0 : ends.back()) + 2 * (1 + random.below(40)));
+        const int64_t tokens = 1 + random.below(10), out = 35, in = ends.back();
+        const SliceRun run = {first, count, total};
+        const Owned raw = random_weight(random, weight_type, out, in), scale = random.f32({out}, 0.01f);
+        const Input x = random_input(random, x_type, tokens, in, count);
+        expect_same_on_both("slices", [&](Place& place) {
+          const Linear weight = place.pack(raw, scale);
+          const int64_t nodes = static_cast<int64_t>(maximal_subtrees(run).size());
+          const Tensor partials = place.zeros(DType::kF32, {nodes, tokens, out});
+          linear_over_slices(place.stream, x.at(place), weight, run, ends, partials);
+          return std::vector<Tensor>{partials};
+        });
+      }
+    }
+  }
+}
+
+TEST(CudaSums, HaveTheCpusBits) {
+  Random random(4);
+  for (const int total : {1, 2, 3, 7, 8}) {
+    std::vector<SliceNode> leaves;
+    std::vector<Owned> pieces;
+    for (int i = 0; i < total; ++i) {
+      leaves.push_back({0, i});
+      pieces.push_back(random.f32({3, 171}));
+    }
+    const std::vector<int> program = sum_program(leaves, root_of(total), total);
+    const Owned residual = random.bf16({3, 171});
+    expect_same_on_both("sum of " + std::to_string(total), [&](Place& place) {
+      std::vector<Tensor> there;
+      for (const Owned& piece : pieces) there.push_back(place.put(piece));
+      const Tensor stream = place.put(residual), sum = place.zeros(DType::kF32, {3, 171});
+      add_tree_sum(place.stream, there, program, stream);
+      tree_sum(place.stream, there, program, sum);
+      return std::vector<Tensor>{stream, sum};
+    });
+  }
+}
+
+TEST(CudaQuantize, HasTheCpusBits) {
+  Random random(5);
+  for (const int64_t n : {2, 16, 250, 2064}) {
+    Owned x = random.bf16({5, n}, 3.0f);
+    for (int64_t i = 0; i < n; ++i) {
+      x.tensor.as<uint16_t>()[n + i] = 0;                                              // a row of zeros
+      x.tensor.as<uint16_t>()[2 * n + i] = static_cast<uint16_t>(random.below(0x90));  // denormals, and little more
+    }
+    x.tensor.as<uint16_t>()[3 * n] = 0x7F80;  // infinity
+    for (const ActivationScheme& scheme :
+         {ActivationScheme{.kind = ActivationScheme::Kind::kDynamicPerToken},
+          ActivationScheme{.kind = ActivationScheme::Kind::kDynamicPerToken, .upper_bound = 2.5f},
+          ActivationScheme{.kind = ActivationScheme::Kind::kStatic, .scale = 0.013f}}) {
+      for (const std::vector<int64_t>& ends : {std::vector<int64_t>{n}, std::vector<int64_t>{1, n / 2 + 1, n}}) {
+        if (ends.size() > 1 && n < 16) continue;
+        expect_same_on_both("quantize " + std::to_string(n), [&](Place& place) {
+          const Activations out = {place.zeros(DType::kF8E4M3, {5, n}),
+                                   place.zeros(DType::kF32, {5, static_cast<int64_t>(ends.size())})};
+          quantize(place.stream, place.put(x), scheme, ends, out);
+          return std::vector<Tensor>{out.values, out.scales};
+        });
+      }
+    }
+    x.tensor.as<uint16_t>()[n / 2] = 0x7FC0;
+    expect_same_on_both("a NaN in a row", [&](Place& place) {
+      const int64_t whole[] = {n};
+      const Activations out = {place.zeros(DType::kF8E4M3, {5, n}), place.zeros(DType::kF32, {5, 1})};
+      quantize(place.stream, place.put(x), {.kind = ActivationScheme::Kind::kDynamicPerToken}, whole, out);
+      return std::vector<Tensor>{out.scales};  // the codes of such a row mean nothing
+    });
+  }
+}
+
+TEST(CudaRmsNorm, HasTheCpusBits) {
+  Random random(6);
+  for (const int64_t n : {1, 2, 15, 16, 17, 576, 2047, 2048, 2049, 5003}) {
+    const Owned x = random.bf16({3, n}), weight = random.f32({n});
+    expect_same_on_both("rms_norm " + std::to_string(n), [&](Place& place) {
+      const Tensor out = place.zeros(DType::kBF16, {3, n});
+      rms_norm(place.stream, place.put(x), place.put(weight), 1e-5f, out);
+      return std::vector<Tensor>{out};
+    });
+  }
+}
+
+TEST(CudaSiluMul, HasTheCpusBitsOverTheWholeRange) {
+  Random random(7);
+  Owned gate = random.f32({3, 1001}, 10.0f), up = random.f32({3, 1001});
+  const float special[] = {0.0f, -0.0f, kInf, -kInf, kNan, 88.7f, -88.7f, 104.5f, -104.5f, 1e-40f, -1e-40f};
+  std::copy(std::begin(special), std::end(special), gate.tensor.as<float>());
+  for (int i = 0; i < 1001; ++i) gate.tensor.as<float>()[2002 + i] = -110.0f + 0.22f * static_cast<float>(i);
+  expect_same_on_both("silu_mul", [&](Place& place) {
+    const Tensor out = place.zeros(DType::kBF16, {3, 1001});
+    silu_mul(place.stream, place.put(gate), place.put(up), out);
+    return std::vector<Tensor>{out};
+  });
+}
+
+TEST(CudaCopies, HaveTheCpusBits) {
+  Random random(8);
+  const Owned table = random.bf16({11, 301});
+  const std::vector<int32_t> rows = {10, 0, 3, 3, 7};
+  expect_same_on_both("copy_rows", [&](Place& place) {
+    const Tensor out = place.zeros(DType::kBF16, {5, 301});
+    copy_rows(place.stream, place.put(table), rows, out);
+    return std::vector<Tensor>{out};
+  });
+  const Owned keys = random.bf16({6, 3, 17, kKvBlockTokens, 2}), values = random.bf16({6, 3, kKvBlockTokens, 34});
+  const std::vector<int32_t> from = {1, 5, 2, 3}, to = {3, 2, 0, 4};  // block 2 is written, then read; so is block 3
+  expect_same_on_both("copy_blocks", [&](Place& place) {
+    const KvLayer cache = {.keys = place.put(keys), .values = place.put(values)};
+    copy_blocks(place.stream, from, to, cache);
+    return std::vector<Tensor>{cache.keys, cache.values};
+  });
+}
+
+TEST(CudaSoftmaxParts, HaveTheCpusBits) {
+  Random random(9);
+  for (const int64_t n : {3, 16, 100, 2050, 4999}) {
+    Owned logits = random.f32({3, n}, 6.0f);
+    logits.tensor.as<float>()[n + 1] = -kInf;
+    logits.tensor.as<float>()[2 * n + 1] = kNan;
+    const std::vector<int64_t> ends = {n / 3, n / 2 + 1, n};
+    expect_same_on_both("softmax_parts", [&](Place& place) {
+      const Tensor parts = place.zeros(DType::kF32, {3, 3, 2});
+      softmax_parts(place.stream, place.put(logits), ends, parts);
+      return std::vector<Tensor>{parts};
+    });
+  }
+}
+
+TEST(CudaRope, HasTheCpusBitsAndWritesOnlyItsPositions) {
+  Random random(10);
+  for (const int64_t head_dim : {2, 34, 64, 128}) {
+    const CacheCase setup(random, 4, 2, head_dim, {20, 37}, {3, 37});
+    const int64_t tokens = static_cast<int64_t>(setup.positions.size());
+    const Owned q = random.f32({tokens, 4, head_dim}), k = random.f32({tokens, 2, head_dim}),
+                v = random.f32({tokens, 2, head_dim}), inv_freq = random.f32({head_dim / 2});
+    expect_same_on_both("rope", [&](Place& place) {
+      const Tensor angles = place.zeros(DType::kF32, {tokens, head_dim / 2, 2});
+      const Tensor q_out = place.zeros(DType::kBF16, {tokens, 4, head_dim});
+      const KvLayer cache = {.keys = place.put(setup.keys), .values = place.put(setup.values)};
+      rope_angles(place.stream, setup.positions, place.put(inv_freq), angles);
+      rope_and_cache(place.stream, place.put(q), place.put(k), place.put(v), angles, setup.batch(), q_out, cache);
+      return std::vector<Tensor>{angles, q_out, cache.keys, cache.values};
+    });
+  }
+}
+
+void expect_same_attention(const std::string& what, const CacheCase& setup) {
+  expect_same_on_both(what, [&](Place& place) {
+    const Tensor out = place.zeros(DType::kBF16, setup.q.tensor.shape());
+    const KvLayer cache = {.keys = place.put(setup.keys), .values = place.put(setup.values)};
+    attention(place.stream, place.put(setup.q), cache, setup.batch(), out);
+    return std::vector<Tensor>{out};
+  });
+}
+
+TEST(CudaAttention, HasTheCpusBitsOverOddSizesAndMixedBatches) {
+  Random random(11);
+  const struct {
+    int64_t heads, kv_heads, head_dim;
+    std::vector<int64_t> lengths, new_tokens;
+  } cases[] = {{1, 1, 2, {1}, {1}},     {9, 3, 64, {300, 17, 256}, {1, 5, 1}},
+               {8, 1, 128, {40}, {40}}, {4, 2, 80, {257, 3}, {9, 3}},
+               {16, 1, 34, {530}, {2}}, {2, 2, 256, {20}, {13}},
+               {3, 3, 64, {1100}, {1}}, {13, 1, 18, {100}, {3}},
+               {17, 1, 128, {513}, {1}}};
+  for (const auto& c : cases) {
+    expect_same_attention(Shape({c.heads, c.kv_heads, c.head_dim}).to_string(),
+                          CacheCase(random, c.heads, c.kv_heads, c.head_dim, c.lengths, c.new_tokens));
+  }
+}
+
+TEST(CudaAttention, ManyTokensWalkTheirChunksInOneBlockWithTheSameBits) {
+  Random random(12);
+  expect_same_attention("prefill", CacheCase(random, 4, 2, 32, {600, 300}, {260, 3}));
+}
+
+TEST(CudaQueue, TakesArgumentsOfAnySize) {
+  Random random(13);
+  const Owned inv_freq = random.f32({1});
+  // The first fill more than half of the queue's memory for arguments, the last are several times as large.
+  for (const size_t count : {size_t{100'000}, size_t{200'000}, size_t{100'000}, size_t{700'000}, size_t{10}}) {
+    std::vector<int32_t> positions(count);
+    for (int32_t& position : positions) position = static_cast<int32_t>(random.below(1000));
+    expect_same_on_both(std::to_string(count) + " positions", [&](Place& place) {
+      const Tensor angles = place.zeros(DType::kF32, {static_cast<int64_t>(count), 1, 2});
+      const std::span<const int32_t> all(positions);
+      for (const size_t part : {count / 2, count - count / 4, count}) {  // one stream: what comes first is overwritten
+        rope_angles(place.stream, all.first(part), place.put(inv_freq), angles.rows(0, static_cast<int64_t>(part)));
+      }
+      return std::vector<Tensor>{angles};
+    });
+  }
+}
+
+TEST(CudaBuffers, AreZeroedAndRefusedBeyondTheDevicesMemory) {
+  Stream stream(module(), 0, kHost);
+  Place place(stream);
+  const Tensor there = place.zeros(DType::kF32, {1001});
+  EXPECT_EQ(there.device(), Device::kCuda);
+  Owned host(DType::kF32, {1001});
+  std::fill_n(host.tensor.as<float>(), 1001, 1.0f);
+  copy(stream, there, host);
+  for (int i = 0; i < 1001; ++i) ASSERT_EQ(host.tensor.as<float>()[i], 0.0f);
+  EXPECT_THROW(Buffer(int64_t{1} << 40, stream), std::bad_alloc);
+}
+
+TEST(CudaOpsDeathTest, RefuseATensorOfTheOtherMemory) {
+  Random random(14);
+  Stream stream(module(), 0, kHost);
+  const Owned x = random.bf16({2, 8}), weight = random.f32({8});
+  EXPECT_DEATH(rms_norm(stream, x, weight, 1e-5f, x), "x lies on the CPU, the stream computes on the CUDA device");
+}
+
+}  // namespace
+}  // namespace octet
