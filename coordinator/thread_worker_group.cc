@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "worker/collective/staged_communicator.h"
 #include "worker/collective/thread_communicator.h"
 #include "worker/kv_cache.h"
 #include "worker/worker.h"
@@ -20,7 +21,13 @@ class Rank {
  public:
   Rank(const Checkpoint& checkpoint, const ThreadGroupOptions& options, const ShardSpec& shard,
        const WorkerLimits& limits, std::unique_ptr<Communicator> communicator)
-      : shard_(shard), communicator_(std::move(communicator)), stream_(options.stream) {
+      : shard_(shard), communicator_(std::move(communicator)) {
+    if (options.cuda == nullptr) {
+      stream_.emplace(options.stream);
+    } else {
+      stream_.emplace(*options.cuda, 0, options.stream);
+      communicator_ = std::make_unique<StagedCommunicator>(std::move(communicator_), options.stream);
+    }
     thread_ = std::thread([this, &checkpoint, options, limits] {
       absl::Status status = load(checkpoint, options, limits);
       const bool loaded = status.ok();
@@ -42,11 +49,11 @@ class Rank {
  private:
   absl::Status load(const Checkpoint& checkpoint, const ThreadGroupOptions& options, const WorkerLimits& limits) {
     absl::StatusOr<ModelWeights> weights =
-        ModelWeights::load(stream_, checkpoint, shard_, {.activations = options.activations, .progress = {}});
+        ModelWeights::load(*stream_, checkpoint, shard_, {.activations = options.activations, .progress = {}});
     if (!weights.ok()) return weights.status();
     weights_.emplace(std::move(*weights));
-    worker_.emplace(stream_, *communicator_, checkpoint.config(), shard_, *weights_,
-                    KvCache(checkpoint.config(), shard_, limits.blocks), limits);
+    worker_.emplace(*stream_, *communicator_, checkpoint.config(), shard_, *weights_,
+                    KvCache(*stream_, checkpoint.config(), shard_, limits.blocks), limits);
     return absl::OkStatus();
   }
 
@@ -71,8 +78,8 @@ class Rank {
   }
 
   const ShardSpec shard_;
-  const std::unique_ptr<Communicator> communicator_;
-  Stream stream_;
+  std::unique_ptr<Communicator> communicator_;
+  std::optional<Stream> stream_;
   std::optional<ModelWeights> weights_;
   std::optional<Worker> worker_;
 

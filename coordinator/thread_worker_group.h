@@ -18,8 +18,9 @@ namespace octet {
 
 struct ThreadGroupOptions {
   int ranks = 1;
-  std::vector<int> pretend_nodes;  // sizes that add up to `ranks`; empty: one node
-  Stream::CpuOptions stream;       // of each rank
+  std::vector<int> pretend_nodes;           // sizes that add up to `ranks`; empty: one node
+  Stream::CpuOptions stream;                // of each rank
+  const cuda::ModuleTable* cuda = nullptr;  // all ranks compute on its first device; null: on the CPU
   ActivationMode activations = ActivationMode::kBF16;
   MemoryOptions memory;
   int64_t available_bytes = 0;  // of each rank

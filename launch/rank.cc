@@ -24,6 +24,7 @@
 #include "worker/checkpoint/checkpoint.h"
 #include "worker/checkpoint/inspect.h"
 #include "worker/collective/mpi_communicator.h"
+#include "worker/collective/staged_communicator.h"
 #include "worker/flight_recorder.h"
 #include "worker/kv_cache.h"
 #include "worker/numerics.h"
@@ -74,9 +75,8 @@ class Rank {
  private:
   int live() {
     // Each phase ends with agree(): what fails on one rank fails on all, before anyone waits for it.
-    for (auto phase :
-         {&Rank::open_device, &Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::open_flight, &Rank::load,
-          &Rank::open_plan_streams}) {
+    for (auto phase : {&Rank::open_device, &Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::open_flight,
+                       &Rank::load, &Rank::open_plan_streams}) {
       if (const absl::Status status = bootstrap_.agree((this->*phase)()); !status.ok()) {
         if (leads()) log_line(LogLevel::kError, std::string(status.message()));  // the same on every rank: one says it
         return absl::IsUnavailable(status) ? options_.lost : options_.refused;
@@ -99,6 +99,7 @@ class Rank {
   }
 
   bool leads() const { return bootstrap_.rank() == 0; }
+  std::string family() const { return gpu_ ? family_of(*gpu_) : family_of(options_.runtime.isa); }
 
   // The last resort: a rank inside a collective whose peers are gone never comes back, so its process ends here.
   [[noreturn]] void end_process(const absl::Status& cause) const {
@@ -138,7 +139,9 @@ class Rank {
     absl::StatusOr<const cuda::ModuleTable*> module = cuda::open_module(cuda::module_path());
     if (!module.ok()) return module.status();
     if (absl::Status status = cuda::check_device(**module, bootstrap_.local_rank()); !status.ok()) return status;
-    return absl::UnimplementedError("the worker does not keep a model in GPU memory yet: compute with --device cpu");
+    module_ = *module;
+    gpu_ = module_->device_facts(bootstrap_.local_rank());
+    return absl::OkStatus();
   }
 
   absl::Status open_model() {
@@ -146,7 +149,7 @@ class Rank {
     const uint64_t digest = checkpoint.ok() ? checkpoint->digest() : 0;
     if (absl::Status status = bootstrap_.agree(checkpoint.status()); !status.ok()) return status;
     checkpoint_ = *std::move(checkpoint);
-    const std::string id = numerics_id(checkpoint_->config(), options_.runtime.isa, options_.runtime.activations);
+    const std::string id = numerics_id(checkpoint_->config(), family(), options_.runtime.activations);
     if (absl::Status status = bootstrap_.all_equal("model files", absl::StrFormat("%016x", digest)); !status.ok())
       return status;
     if (absl::Status status = bootstrap_.all_equal("numerics id", id); !status.ok()) return status;
@@ -183,6 +186,7 @@ class Rank {
     shard_ = *shard;
     absl::StatusOr<int64_t> memory = bootstrap_.own_memory();
     if (!memory.ok()) return memory.status();
+    if (gpu_) memory = gpu_->memory_bytes;
     threads_ = options_.runtime.threads.value_or(bootstrap_.own_cores());
     const std::vector<uint64_t> memories = bootstrap_.all_gather(static_cast<uint64_t>(*memory));
     const std::vector<uint64_t> threads = bootstrap_.all_gather(static_cast<uint64_t>(threads_));
@@ -212,18 +216,17 @@ class Rank {
     if (!leads()) return absl::OkStatus();
     drain_.emplace();
     model_->limits = plan_->limits;
-    job_ = {
-        .model = model_,
-        .facts = {.version = kVersion,
-                  .numerics_id = numerics_id(checkpoint_->config(), options_.runtime.isa, options_.runtime.activations),
-                  .ranks = bootstrap_.size(),
-                  .threads_per_rank = threads_,
-                  .device = "cpu",
-                  .isa = name_of(options_.runtime.isa)},
-        .plan = *plan_,
-        .config = checkpoint_->config(),
-        .checkpoint_digest = checkpoint_->digest(),
-        .drain = &*drain_};
+    job_ = {.model = model_,
+            .facts = {.version = kVersion,
+                      .numerics_id = numerics_id(checkpoint_->config(), family(), options_.runtime.activations),
+                      .ranks = bootstrap_.size(),
+                      .threads_per_rank = threads_,
+                      .device = gpu_ ? "cuda" : "cpu",
+                      .isa = name_of(options_.runtime.isa)},
+            .plan = *plan_,
+            .config = checkpoint_->config(),
+            .checkpoint_digest = checkpoint_->digest(),
+            .drain = &*drain_};
     absl::StatusOr<std::optional<int>> exit_status = leader_->prepare(job_);
     if (exit_status.ok()) exit_status_ = *exit_status;
     return exit_status.status();
@@ -232,13 +235,19 @@ class Rank {
   absl::Status load() {
     recorder_->note(FlightEvent::kLoad);
     const bool spin = bootstrap_.each_thread_has_a_core(threads_);
-    stream_.emplace(Stream::CpuOptions{.threads = threads_, .isa = options_.runtime.isa, .spin = spin});
+    const Stream::CpuOptions host{.threads = threads_, .isa = options_.runtime.isa, .spin = spin};
+    if (module_ == nullptr) {
+      stream_.emplace(host);
+    } else {
+      stream_.emplace(*module_, bootstrap_.local_rank(), host);
+    }
     MpiCommunicatorOptions window{.wait = {.spin = spin}};
     for (int rank = 0; rank < bootstrap_.size(); ++rank) window.map.runs.push_back(shard_->run_of(rank));
     window.map.node_of_rank = bootstrap_.node_of_rank();
     absl::StatusOr<std::unique_ptr<Communicator>> communicator = make_mpi_communicator(window);
     if (!communicator.ok()) return communicator.status();
     communicator_ = *std::move(communicator);
+    if (gpu_) communicator_ = std::make_unique<StagedCommunicator>(std::move(communicator_), host);
 
     LoadOptions load{.activations = options_.runtime.activations};
     std::optional<Progress> progress;
@@ -251,7 +260,8 @@ class Rank {
     weights_.emplace(*std::move(weights));
     if (progress) progress->finish(static_cast<int64_t>(weights_->memory().size()));
     worker_.emplace(*stream_, *communicator_, checkpoint_->config(), *shard_, *weights_,
-                    KvCache(checkpoint_->config(), *shard_, plan_->limits.blocks), plan_->limits, recorder_.get());
+                    KvCache(*stream_, checkpoint_->config(), *shard_, plan_->limits.blocks), plan_->limits,
+                    recorder_.get());
     return absl::OkStatus();
   }
 
@@ -329,6 +339,8 @@ class Rank {
   Leader* const leader_;
   std::string flight_directory_;
   std::unique_ptr<FlightRecorder> recorder_;
+  const cuda::ModuleTable* module_ = nullptr;  // with --device cuda
+  std::optional<cuda::DeviceFacts> gpu_;       // this rank's, likewise
   std::optional<Checkpoint> checkpoint_;
   std::optional<ShardSpec> shard_;
   std::optional<MemoryPlan> plan_;

@@ -5,10 +5,13 @@
 
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "kernels/cuda/open_module.h"
 #include "tests/process.h"
+#include "tests/random_model.h"
 
 namespace octet {
 namespace {
@@ -71,6 +74,7 @@ class Binary : public testing::Test {
   }
   ~Binary() override { std::filesystem::remove_all(folder_); }
 
+  const std::filesystem::path& folder() const { return folder_; }
   void place(const std::string& module) {
     std::filesystem::copy_file(module_named(module), folder_ / "liboctet_cuda.so");
   }
@@ -105,6 +109,34 @@ TEST_F(Binary, RefusesAModuleOfAnotherBuild) {
   const Finished serve = run("serve");
   EXPECT_EQ(serve.status, kServeRefused) << serve.err;
   EXPECT_THAT(serve.err, HasSubstr("has interface 999"));
+}
+
+TEST_F(Binary, AnswersOnEmulatedGpusWhatItAnswersOnTheCpu) {
+  place("emulated_cuda");
+  const std::string model = write_random_model({.hidden_size = 48, .intermediate_size = 76});
+  const std::string input = folder() / "requests.jsonl";
+  std::ofstream(input)
+      << R"({"custom_id":"a","method":"POST","url":"/v1/completions","body":{"prompt":"Hello","max_tokens":4,"temperature":0}}
+{"custom_id":"b","method":"POST","url":"/v1/completions","body":{"prompt":"World","max_tokens":5,"logprobs":2}}
+)";
+  const auto answers_on = [&](const std::string& device, int ranks) {
+    const std::string output = folder() / (device + ".jsonl");
+    const Finished batch = run_command(mpirun(ranks, {folder() / "octet", "batch", "--model", model, "--device", device,
+                                                      "--threads", "1", "--max-context", "64", "--max-sequences", "4",
+                                                      "--created", "1700000000", "--input", input, "--output", output}),
+                                       mpirun_environment());
+    EXPECT_EQ(batch.status, 0) << batch.err;
+    // Who answered is part of a line, what was answered must be the same.
+    std::vector<nlohmann::json> choices;
+    std::ifstream lines(output);
+    for (std::string line; std::getline(lines, line);) {
+      choices.push_back(nlohmann::json::parse(line)["response"]["body"]["choices"]);
+    }
+    return choices;
+  };
+  const std::vector<nlohmann::json> on_cpu = answers_on("cpu", 1);
+  EXPECT_EQ(on_cpu.size(), 2u);
+  EXPECT_EQ(answers_on("cuda", 2), on_cpu);
 }
 #endif
 

@@ -359,6 +359,15 @@ TEST(CudaBuffers, AreZeroedAndRefusedBeyondTheDevicesMemory) {
   EXPECT_THROW(Buffer(int64_t{1} << 40, stream), std::bad_alloc);
 }
 
+#if !defined(__SANITIZE_ADDRESS__)
+TEST(CudaEmulationDeathTest, KeepsTheHostFromDeviceMemory) {
+  Stream stream(module(), 0, kHost);
+  Place place(stream);
+  const Tensor there = place.zeros(DType::kF32, {10});
+  EXPECT_DEATH(static_cast<volatile float*>(there.data())[0] = 1.0f, "");
+}
+#endif
+
 TEST(CudaOpsDeathTest, RefuseATensorOfTheOtherMemory) {
   Random random(14);
   Stream stream(module(), 0, kHost);

@@ -8,17 +8,19 @@ int64_t KvCache::block_bytes(const ModelConfig& config, const ShardSpec& shard) 
          size_of(DType::kBF16);
 }
 
-KvCache::KvCache(const ModelConfig& config, const ShardSpec& shard, int32_t blocks)
+KvCache::KvCache(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int32_t blocks)
     : keys_shape_({blocks, shard.kv_heads(), config.head_dim / 2, kKvBlockTokens, 2}),
       values_shape_({blocks, shard.kv_heads(), kKvBlockTokens, config.head_dim}),
       layer_bytes_((keys_shape_.elements() + values_shape_.elements()) * size_of(DType::kBF16)),
       blocks_(blocks),
-      memory_(config.num_hidden_layers * layer_bytes_) {}
+      device_(stream.device()),
+      memory_(config.num_hidden_layers * layer_bytes_, stream) {}
 
 KvLayer KvCache::layer(int64_t index) const {
   char* keys = static_cast<char*>(memory_.data()) + index * layer_bytes_;
   char* values = keys + keys_shape_.elements() * size_of(DType::kBF16);
-  return {.keys = Tensor(keys, DType::kBF16, keys_shape_), .values = Tensor(values, DType::kBF16, values_shape_)};
+  return {.keys = Tensor(keys, DType::kBF16, keys_shape_, device_),
+          .values = Tensor(values, DType::kBF16, values_shape_, device_)};
 }
 
 }  // namespace octet

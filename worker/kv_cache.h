@@ -15,7 +15,8 @@ class KvCache {
   // Bytes of one block of kKvBlockTokens positions on this rank, all layers.
   static int64_t block_bytes(const ModelConfig& config, const ShardSpec& shard);
 
-  KvCache(const ModelConfig& config, const ShardSpec& shard, int32_t blocks);
+  // Where `stream`, which outlives it, computes.
+  KvCache(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int32_t blocks);
 
   int32_t blocks() const { return blocks_; }
   KvLayer layer(int64_t index) const;
@@ -24,6 +25,7 @@ class KvCache {
   Shape keys_shape_, values_shape_;
   int64_t layer_bytes_;
   int32_t blocks_;
+  Device device_;
   Buffer memory_;
 };
 

@@ -4,9 +4,12 @@
 
 namespace octet {
 
-std::string numerics_id(const ModelConfig& config, Isa isa, ActivationMode activations) {
-  // The instruction families with fused multiply-add agree to the bit; the portable build's compiler is not asked to.
-  const char* family = isa == Isa::kPortable ? "cpu-portable" : "cpu-fma";
+// The instruction families with fused multiply-add agree to the bit; the portable build's compiler is not asked to.
+std::string family_of(Isa isa) { return isa == Isa::kPortable ? "cpu-portable" : "cpu-fma"; }
+
+std::string family_of(const cuda::DeviceFacts& gpu) { return absl::StrFormat("cuda-%d.%d", gpu.major, gpu.minor); }
+
+std::string numerics_id(const ModelConfig& config, const std::string& family, ActivationMode activations) {
   return absl::StrFormat("octet%d-%s-slices%d-%s-kvbf16", kArithmeticVersion, family, config.num_key_value_heads,
                          activations == ActivationMode::kFP8 ? "w8a8" : "w8a16");
 }

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "kernels/cuda/module.h"
 #include "kernels/memory.h"
 #include "worker/model/model_config.h"
 #include "worker/model/weights.h"
@@ -13,6 +14,10 @@ namespace octet {
 // Raised by every change that changes the bits of a step.
 constexpr int kArithmeticVersion = 1;
 
-std::string numerics_id(const ModelConfig& config, Isa isa, ActivationMode activations);
+// What computes: "cpu-fma", "cuda-9.0". Where the names differ the bits may.
+std::string family_of(Isa isa);
+std::string family_of(const cuda::DeviceFacts& gpu);
+
+std::string numerics_id(const ModelConfig& config, const std::string& family, ActivationMode activations);
 
 }  // namespace octet

@@ -21,12 +21,13 @@ int device_count(const char** why) {
 }
 
 DeviceFacts device_facts(int device) {
+  check(cudaSetDevice(device), "choosing the device");
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "asking for a device's memory");
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, device), "reading a device's properties");
-  DeviceFacts facts = {.name = {},
-                       .major = properties.major,
-                       .minor = properties.minor,
-                       .memory_bytes = static_cast<int64_t>(properties.totalGlobalMem)};
+  DeviceFacts facts = {
+      .name = {}, .major = properties.major, .minor = properties.minor, .memory_bytes = static_cast<int64_t>(free)};
   std::memcpy(facts.name, properties.name, std::min(sizeof(facts.name), sizeof(properties.name)) - 1);
   return facts;
 }

@@ -17,8 +17,8 @@ class Queue;
 
 struct DeviceFacts {
   char name[256];
-  int major, minor;  // compute capability
-  int64_t memory_bytes;
+  int major, minor;      // compute capability
+  int64_t memory_bytes;  // that can be had now
 };
 
 struct ModuleTable {

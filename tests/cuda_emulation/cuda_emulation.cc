@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "tests/cuda_emulation/cuda_runtime.h"
@@ -15,6 +16,73 @@
 #endif
 
 namespace cuda_emulation {
+
+// ---- Device memory: addresses that are never given out twice
+
+#if defined(__SANITIZE_ADDRESS__)
+
+void* allocate(size_t bytes) {
+  void* const data = bytes > kMemoryBytes ? nullptr : std::malloc(bytes);
+  if (data != nullptr) std::memset(data, kGarbage, bytes);
+  return data;
+}
+void release(void* data) { std::free(data); }
+DeviceAccess::DeviceAccess() = default;
+DeviceAccess::~DeviceAccess() = default;
+
+#else
+
+namespace {
+
+class DeviceMemory {
+ public:
+  DeviceMemory()
+      : begin_(static_cast<char*>(
+            mmap(nullptr, kMemoryBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) {}
+
+  void* allocate(size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    const size_t pages = (bytes + kPage - 1) / kPage * kPage;
+    if (bytes > kMemoryBytes || used_ + pages > kMemoryBytes) return nullptr;
+    char* const data = begin_ + used_;
+    used_ += pages;
+    mprotect(data, pages, PROT_READ | PROT_WRITE);
+    std::memset(data, kGarbage, bytes);
+    if (users_ == 0) mprotect(data, pages, PROT_NONE);
+    return data;
+  }
+
+  void open() {
+    const std::lock_guard lock(mutex_);
+    if (users_++ == 0) mprotect(begin_, used_, PROT_READ | PROT_WRITE);
+  }
+  void close() {
+    const std::lock_guard lock(mutex_);
+    if (--users_ == 0) mprotect(begin_, used_, PROT_NONE);
+  }
+
+ private:
+  static constexpr size_t kPage = 4096;
+  std::mutex mutex_;
+  char* const begin_;
+  size_t used_ = 0;
+  int users_ = 0;
+};
+
+DeviceMemory& device_memory() {
+  static DeviceMemory& memory = *new DeviceMemory;
+  return memory;
+}
+
+}  // namespace
+
+void* allocate(size_t bytes) { return device_memory().allocate(bytes); }
+void release(void*) {}
+DeviceAccess::DeviceAccess() { device_memory().open(); }
+DeviceAccess::~DeviceAccess() { device_memory().close(); }
+
+#endif
+
 namespace {
 
 constexpr int kWarp = 32;
@@ -46,6 +114,7 @@ class Machine {
   }
 
   void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+    const DeviceAccess access;
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | kFlushDenormals);
     kernel_ = &kernel;

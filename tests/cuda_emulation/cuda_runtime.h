@@ -4,7 +4,8 @@
 // Blocks run one after the other. A block's threads are fibers of the calling thread, which take turns at barriers and
 // shuffles in an order that changes from turn to turn: a result that depends on the order is a missing barrier. What
 // would hang or be undefined on a GPU (a thread that left before a barrier, a lane that a shuffle names in vain) ends
-// the process with a sentence. Device memory is the heap, so that AddressSanitizer sees every access out of bounds.
+// the process with a sentence. The host cannot touch device memory: outside of blocks and copies it is not mapped. With
+// AddressSanitizer it is the heap, so that every access out of bounds is seen.
 //
 // Floating point: the caller builds without contraction, blocks run with denormals flushed, and __fmaf_rn, __fdiv_rn
 // and
@@ -31,9 +32,22 @@ struct dim3 {
 namespace cuda_emulation {
 
 constexpr size_t kMemoryBytes = size_t{1} << 33;  // of the device
+constexpr int kGarbage = 0xCB;
 
 // Runs `kernel` for every thread of the grid.
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel);
+
+// Memory of the device, filled with garbage as a device's is; null beyond kMemoryBytes.
+void* allocate(size_t bytes);
+void release(void* data);
+
+// Device memory can be touched while one of these lives, by all threads.
+class DeviceAccess {
+ public:
+  DeviceAccess();
+  ~DeviceAccess();
+  DeviceAccess(const DeviceAccess&) = delete;
+};
 
 void block_barrier();
 // Barrier of the named lanes of the calling thread's warp.
@@ -94,7 +108,6 @@ using cudaStream_t = int*;
 struct cudaDeviceProp {
   char name[256];
   int major, minor;
-  size_t totalGlobalMem;
 };
 
 struct cudaLaunchConfig_t {
@@ -114,11 +127,15 @@ inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = 8;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {.name = "emulated", .major = 9, .minor = 0, .totalGlobalMem = cuda_emulation::kMemoryBytes};
+  *properties = {.name = "emulated", .major = 9, .minor = 0};
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *free = *total = cuda_emulation::kMemoryBytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, int) {
@@ -128,21 +145,28 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, int) {
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaMalloc(void** data, size_t bytes) {
-  *data = bytes > cuda_emulation::kMemoryBytes ? nullptr : std::malloc(bytes);
-  if (*data != nullptr) std::memset(*data, 0xCB, bytes);  // fresh memory of a device is not zero either
+  *data = cuda_emulation::allocate(bytes);
   return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 inline cudaError_t cudaFree(void* data) {
+  cuda_emulation::release(data);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMallocHost(void** data, size_t bytes) {
+  *data = std::malloc(bytes);
+  return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+inline cudaError_t cudaFreeHost(void* data) {
   std::free(data);
   return cudaSuccess;
 }
-inline cudaError_t cudaMallocHost(void** data, size_t bytes) { return cudaMalloc(data, bytes); }
-inline cudaError_t cudaFreeHost(void* data) { return cudaFree(data); }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  const cuda_emulation::DeviceAccess access;
   std::memset(data, value, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  const cuda_emulation::DeviceAccess access;
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }

@@ -81,6 +81,7 @@ std::vector<int> RankMap::ranks_of(int node) const {
 
 struct WindowCommunicator::Reduction {
   Stream& stream;
+  Device device;          // where this rank's tensors lie; with several ranks the host
   const float* partials;  // [pieces of this rank, elements]
   uint16_t* residual;     // [elements]
   int64_t elements;
@@ -185,7 +186,9 @@ void WindowCommunicator::reduce_over_slices(Stream& stream, const Tensor& partia
                   partials.dim(1) * partials.dim(2) == residual.elements(),
               "partials " + partials.shape().to_string() + " do not fit residual " + residual.shape().to_string());
   const int64_t local_ranks = std::ssize(local_ranks_);
+  OCTET_CHECK(size() == 1 || stream.device() == Device::kCpu, "ranks meet in a window of the host's memory");
   const Reduction reduction{.stream = stream,
+                            .device = stream.device(),
                             .partials = partials.as<float>(),
                             .residual = residual.as<uint16_t>(),
                             .elements = residual.elements(),
@@ -231,8 +234,8 @@ void WindowCommunicator::publish(const Reduction& reduction, const Part& chunk) 
 
 namespace {
 // The ops read their pieces; a Tensor has no const form.
-Tensor piece_tensor(const float* data, int64_t elements) {
-  return {const_cast<float*>(data), DType::kF32, {1, elements}};
+Tensor piece_tensor(const float* data, int64_t elements, Device device = Device::kCpu) {
+  return {const_cast<float*>(data), DType::kF32, {1, elements}, device};
 }
 }  // namespace
 
@@ -249,7 +252,7 @@ std::vector<Tensor> WindowCommunicator::local_pieces(const Reduction& reduction,
       stride = stride_of(chunk.size());
     }
     for (int piece = 0; piece < pieces_of_rank_[r]; ++piece) {
-      pieces.push_back(piece_tensor(data + piece * stride, part.size()));
+      pieces.push_back(piece_tensor(data + piece * stride, part.size(), reduction.device));
     }
   }
   return pieces;
@@ -304,7 +307,7 @@ void WindowCommunicator::finish(const Reduction& reduction, const Part& chunk) {
   const Part part = reduction.divided ? share_of(chunk, window_->rank()) : chunk;
   if (part.size() == 0) return;
   const std::vector<Tensor> pieces = nodes_ > 1 ? node_pieces(chunk, part) : local_pieces(reduction, chunk, part);
-  const Tensor sum(reduction.residual + part.begin, DType::kBF16, {1, part.size()});
+  const Tensor sum(reduction.residual + part.begin, DType::kBF16, {1, part.size()}, reduction.device);
   add_tree_sum(reduction.stream, pieces, finish_program_, sum);
   if (reduction.divided) {
     copy_bytes(window_->mine() + (part.begin - chunk.begin) * 2, sum.data(), sum.bytes());

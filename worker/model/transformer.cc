@@ -13,7 +13,9 @@ constexpr int64_t kAlignment = 64;
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 // The first rows of a scratch tensor, seen under the step's own shape.
-Tensor front(const Tensor& scratch, Shape shape) { return Tensor(scratch.data(), scratch.dtype(), shape); }
+Tensor front(const Tensor& scratch, Shape shape) {
+  return Tensor(scratch.data(), scratch.dtype(), shape, scratch.device());
+}
 
 // Log-sum-exp in parts: sum of exp(x - max) beside max.
 struct SoftmaxPart {
@@ -37,8 +39,7 @@ SoftmaxPart part_of(const SliceNode& node, int slices, const Leaf& leaf) {
 
 }  // namespace
 
-std::vector<std::pair<Tensor*, Tensor>> StepScratch::layout(const ModelConfig& config, const ShardSpec& shard,
-                                                            int64_t max_tokens) {
+StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
   const int64_t t = max_tokens, hidden = config.hidden_size;
   const int64_t q = shard.query_rows().size(), kv = shard.kv_rows().size(), ffn = shard.ffn().size();
   const int64_t subtrees = static_cast<int64_t>(maximal_subtrees(shard.run()).size());
@@ -59,30 +60,48 @@ std::vector<std::pair<Tensor*, Tensor>> StepScratch::layout(const ModelConfig& c
           {&partials, f32({subtrees, t, hidden})},
           {&codes, Tensor(nullptr, DType::kF8E4M3, {t, std::max({hidden, q, ffn})})},
           {&code_scales, f32({t, slices_here})},
-          {&gathered, bf16({t, hidden})},
           {&last_rows, bf16({kLogitRows, hidden})},
           {&last_normed, bf16({kLogitRows, hidden})},
           {&logits_here, f32({kLogitRows, vocab_here})},
-          {&parts_here, f32({kLogitRows, slices_here, 2})},
+          {&parts_here, f32({kLogitRows, slices_here, 2})}};
+}
+
+StepScratch::Layout StepScratch::host_layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
+  const int64_t t = max_tokens, hidden = config.hidden_size;
+  auto f32 = [](Shape shape) { return Tensor(nullptr, DType::kF32, shape); };
+  auto bf16 = [](Shape shape) { return Tensor(nullptr, DType::kBF16, shape); };
+  return {{&gathered, bf16({t, hidden})},
           {&gathered_logits, f32({kLogitRows * config.vocab_size})},
           {&gathered_parts, f32({kLogitRows * shard.slices() * 2})},
           {&logits, f32({kLogitRows, config.vocab_size})}};
 }
 
-int64_t StepScratch::bytes(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
+int64_t StepScratch::bytes(const Layout& layout) {
   int64_t bytes = 0;
-  StepScratch unplaced;
-  for (const auto& [member, tensor] : unplaced.layout(config, shard, max_tokens)) bytes += aligned(tensor.bytes());
+  for (const auto& [member, tensor] : layout) bytes += aligned(tensor.bytes());
   return bytes;
 }
 
-StepScratch::StepScratch(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens)
-    : memory_(bytes(config, shard, max_tokens)) {
-  char* next = static_cast<char*>(memory_.data());
-  for (const auto& [member, tensor] : layout(config, shard, max_tokens)) {
-    *member = Tensor(next, tensor.dtype(), tensor.shape());
+int64_t StepScratch::bytes(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
+  StepScratch unplaced;
+  return bytes(unplaced.device_layout(config, shard, max_tokens)) +
+         bytes(unplaced.host_layout(config, shard, max_tokens));
+}
+
+void StepScratch::place(const Layout& layout, const Buffer& memory, Device device) {
+  char* next = static_cast<char*>(memory.data());
+  for (const auto& [member, tensor] : layout) {
+    *member = Tensor(next, tensor.dtype(), tensor.shape(), device);
     next += aligned(tensor.bytes());
   }
+}
+
+StepScratch::StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
+  const Layout on_device = device_layout(config, shard, max_tokens), on_host = host_layout(config, shard, max_tokens);
+  device_memory_ = Buffer(bytes(on_device), stream);
+  host_memory_ = Buffer(bytes(on_host));
+  place(on_device, device_memory_, stream.device());
+  place(on_host, host_memory_, Device::kCpu);
 }
 
 Transformer::Transformer(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
@@ -92,14 +111,14 @@ Transformer::Transformer(Stream& stream, Communicator& communicator, const Model
       config_(config),
       shard_(shard),
       weights_(weights),
-      scratch_(config, shard, max_tokens),
-      inv_freq_memory_(config.head_dim / 2 * int64_t{sizeof(float)}),
+      scratch_(stream, config, shard, max_tokens),
+      inv_freq_memory_(config.head_dim / 2 * int64_t{sizeof(float)}, stream),
       inv_freq_(inv_freq_memory_.tensor(DType::kF32, {config.head_dim / 2})),
       query_column_ends_(shard.query_column_ends()),
       ffn_column_ends_(shard.ffn_column_ends()),
       vocab_ends_(shard.vocab_ends()) {
-  const std::vector<float> frequencies = rope_inverse_frequencies(config);
-  std::memcpy(inv_freq_.data(), frequencies.data(), inv_freq_.bytes());
+  std::vector<float> frequencies = rope_inverse_frequencies(config);
+  copy(stream, Tensor(frequencies.data(), DType::kF32, inv_freq_.shape()), inv_freq_);
 }
 
 void Transformer::forward(const StepBatch& batch, const KvCache& cache) {
@@ -132,10 +151,9 @@ void Transformer::embed(std::span<const int32_t> tokens) {
   }
   const Tensor own = scratch_.normed.rows(0, static_cast<int64_t>(own_ids_.size()));
   copy_rows(stream_, weights_.embed_tokens, own_ids_, own);
-  communicator_.all_gather(own.data(), bytes_of_rank_, scratch_.gathered.data());
+  communicator_.all_gather(on_host(own).data(), bytes_of_rank_, scratch_.gathered.data());
   for (int64_t i = 0; i < tokens_; ++i) {
-    std::memcpy(residual.rows(by_owner_[i], by_owner_[i] + 1).data(), scratch_.gathered.rows(i, i + 1).data(),
-                row_bytes);
+    copy(stream_, scratch_.gathered.rows(i, i + 1), residual.rows(by_owner_[i], by_owner_[i] + 1));
   }
 }
 
@@ -168,6 +186,14 @@ void Transformer::feed_forward(int64_t index) {
   project(normed, {{{&layer.gate_proj, gate}, {&layer.up_proj, up}}});
   silu_mul(stream_, gate, up, gated);
   project_and_reduce(gated, layer.down_proj, ffn_column_ends_);
+}
+
+Tensor Transformer::on_host(const Tensor& here) {
+  if (here.device() == Device::kCpu) return here;
+  if (mine_.bytes() < here.bytes()) mine_ = Buffer(here.bytes());
+  const Tensor there = mine_.tensor(here.dtype(), here.shape());
+  copy(stream_, here, there);
+  return there;
 }
 
 Activations Transformer::quantized(const Tensor& x, const ActivationScheme& scheme,
@@ -213,9 +239,9 @@ std::span<const LogitsRow> Transformer::logits(std::span<const int32_t> rows) {
 
   bytes_of_rank_.resize(shard_.ranks());
   for (int r = 0; r < shard_.ranks(); ++r) bytes_of_rank_[r] = n * shard_.vocab_of(r).size() * int64_t{sizeof(float)};
-  communicator_.all_gather(here.data(), bytes_of_rank_, scratch_.gathered_logits.data());
+  communicator_.all_gather(on_host(here).data(), bytes_of_rank_, scratch_.gathered_logits.data());
   for (int r = 0; r < shard_.ranks(); ++r) bytes_of_rank_[r] = n * shard_.run_of(r).count * 2 * int64_t{sizeof(float)};
-  communicator_.all_gather(parts.data(), bytes_of_rank_, scratch_.gathered_parts.data());
+  communicator_.all_gather(on_host(parts).data(), bytes_of_rank_, scratch_.gathered_parts.data());
 
   // From rank by rank to row by row.
   const float* from = scratch_.gathered_logits.as<float>();

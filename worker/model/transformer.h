@@ -24,34 +24,41 @@ constexpr int64_t kLogitRows = 16;
 struct StepScratch {
   // Bytes that the constructor allocates.
   static int64_t bytes(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
-  StepScratch(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+  // Where `stream`, which outlives it, computes; what the ranks gather is on the host.
+  StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
 
-  Tensor residual;         // [T, hidden] BF16
-  Tensor normed;           // [T, hidden] BF16
-  Tensor cos_sin;          // [T, head_dim / 2, 2] F32
-  Tensor queries_f32;      // [T, query rows here] F32
-  Tensor keys_f32;         // [T, kv rows here] F32
-  Tensor values_f32;       // [T, kv rows here] F32
-  Tensor queries;          // [T, query rows here] BF16
-  Tensor attended;         // [T, query rows here] BF16
-  Tensor gate, up;         // [T, ffn columns here] F32
-  Tensor gated;            // [T, ffn columns here] BF16
-  Tensor partials;         // [subtrees, T, hidden] F32
-  Tensor codes;            // [T, widest input of a linear layer] F8_E4M3
-  Tensor code_scales;      // [T, slices here] F32
+  Tensor residual;     // [T, hidden] BF16
+  Tensor normed;       // [T, hidden] BF16
+  Tensor cos_sin;      // [T, head_dim / 2, 2] F32
+  Tensor queries_f32;  // [T, query rows here] F32
+  Tensor keys_f32;     // [T, kv rows here] F32
+  Tensor values_f32;   // [T, kv rows here] F32
+  Tensor queries;      // [T, query rows here] BF16
+  Tensor attended;     // [T, query rows here] BF16
+  Tensor gate, up;     // [T, ffn columns here] F32
+  Tensor gated;        // [T, ffn columns here] BF16
+  Tensor partials;     // [subtrees, T, hidden] F32
+  Tensor codes;        // [T, widest input of a linear layer] F8_E4M3
+  Tensor code_scales;  // [T, slices here] F32
+  Tensor last_rows;    // [kLogitRows, hidden] BF16
+  Tensor last_normed;  // [kLogitRows, hidden] BF16
+  Tensor logits_here;  // [kLogitRows, vocabulary here] F32
+  Tensor parts_here;   // [kLogitRows, slices here, 2] F32
+  // On the host
   Tensor gathered;         // [T, hidden] BF16, embedding rows in the order of their owners
-  Tensor last_rows;        // [kLogitRows, hidden] BF16
-  Tensor last_normed;      // [kLogitRows, hidden] BF16
-  Tensor logits_here;      // [kLogitRows, vocabulary here] F32
-  Tensor parts_here;       // [kLogitRows, slices here, 2] F32
   Tensor gathered_logits;  // [kLogitRows * vocab_size] F32, rank by rank
   Tensor gathered_parts;   // [kLogitRows * slices * 2] F32, rank by rank
   Tensor logits;           // [kLogitRows, vocab_size] F32
 
  private:
-  std::vector<std::pair<Tensor*, Tensor>> layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+  // Each member with its shape.
+  using Layout = std::vector<std::pair<Tensor*, Tensor>>;
+  Layout device_layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+  Layout host_layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+  static int64_t bytes(const Layout& layout);
+  static void place(const Layout& layout, const Buffer& memory, Device device);
   StepScratch() = default;
-  Buffer memory_;
+  Buffer device_memory_, host_memory_;
 };
 
 // One row of logits as every rank sees it.
@@ -81,6 +88,8 @@ class Transformer {
   void project(const Tensor& x, std::span<const LinearOutput> outputs);
   // A row-parallel layer, summed over all ranks into the residual stream.
   void project_and_reduce(const Tensor& x, const Linear& weight, std::span<const int64_t> column_ends);
+  // `here` where the host can read it, valid until the next call.
+  Tensor on_host(const Tensor& here);
   Activations quantized(const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends);
   float finish_log_sum_exp(int64_t row, int64_t rows) const;
 
@@ -90,6 +99,7 @@ class Transformer {
   const ShardSpec& shard_;
   const ModelWeights& weights_;
   StepScratch scratch_;
+  Buffer mine_;  // what this rank gives to a gathering, on the host; only where it computes elsewhere
   Buffer inv_freq_memory_;
   Tensor inv_freq_;  // [head_dim / 2] F32
   std::vector<int64_t> query_column_ends_, ffn_column_ends_, vocab_ends_;

@@ -109,7 +109,7 @@ class Loader {
     const int64_t hidden = info.shape[1];
     *out = take(DType::kBF16, {rows.size(), hidden});
     return read_rows(info, rows, {0, hidden}, [&](const Tensor& raw, int64_t first_row) {
-      std::memcpy(out->rows(first_row, first_row + raw.dim(0)).data(), raw.data(), raw.bytes());
+      copy(stream_, raw, out->rows(first_row, first_row + raw.dim(0)));
     });
   }
 
@@ -117,13 +117,13 @@ class Loader {
     absl::StatusOr<std::vector<float>> values = checkpoint_.read_f32(*checkpoint_.find(placed.name));
     if (!values.ok()) return values.status();
     *placed.norm = take(DType::kF32, {static_cast<int64_t>(values->size())});
-    std::memcpy(placed.norm->data(), values->data(), placed.norm->bytes());
+    copy(stream_, Tensor(values->data(), DType::kF32, placed.norm->shape()), *placed.norm);
     return absl::OkStatus();
   }
 
  private:
   Tensor take(DType dtype, Shape shape) {
-    Tensor tensor(static_cast<char*>(arena_.data()) + used_, dtype, shape);
+    Tensor tensor(static_cast<char*>(arena_.data()) + used_, dtype, shape, stream_.device());
     used_ += aligned(tensor.bytes());
     OCTET_CHECK(used_ <= arena_.bytes(), "the weights are larger than their plan");
     return tensor;
@@ -132,9 +132,10 @@ class Loader {
   absl::Status load_scale(const TensorInfo& info, const PlacedLinear& placed) {
     absl::StatusOr<std::vector<float>> values = checkpoint_.read_f32(info);
     if (!values.ok()) return values.status();
-    float* scale = placed.linear->weight_scale.as<float>();
+    std::vector<float> scales(static_cast<size_t>(placed.rows.size()));
     const bool per_row = values->size() > 1;
-    for (int64_t i = 0; i < placed.rows.size(); ++i) scale[i] = (*values)[per_row ? placed.rows.begin + i : 0];
+    for (int64_t i = 0; i < placed.rows.size(); ++i) scales[i] = (*values)[per_row ? placed.rows.begin + i : 0];
+    copy(stream_, Tensor(scales.data(), DType::kF32, {placed.rows.size()}), placed.linear->weight_scale);
     return absl::OkStatus();
   }
 
@@ -191,7 +192,7 @@ absl::StatusOr<ModelWeights> ModelWeights::load(Stream& stream, const Checkpoint
                                                 const LoadOptions& options) {
   ModelWeights weights;
   const Placement placement = place(weight_formats(checkpoint), shard, &weights);
-  weights.memory_ = Buffer(bytes_of(placement, checkpoint.config(), shard).total());
+  weights.memory_ = Buffer(bytes_of(placement, checkpoint.config(), shard).total(), stream);
   Loader loader(stream, checkpoint, weights.memory_, options);
   absl::Status status = loader.load_embedding(shard.vocab(), &weights.embed_tokens);
   for (size_t i = 0; status.ok() && i < placement.linears.size(); ++i)
