@@ -91,6 +91,8 @@ void write_configuration(const std::string& directory) {
                                               {"$DIR", directory},
                                               {"$CONTROLLER_PORT", absl::StrCat(free_port())},
                                               {"$NODE_PORT", absl::StrCat(free_port())}});
+  // Named, slurmd need not find out which cgroups there are: it uses none, and containers may have none.
+  std::ofstream(directory + "/cgroup.conf") << "CgroupPlugin=cgroup/v1\n";
 }
 
 void write_munge_key(const std::string& path) {
@@ -126,11 +128,9 @@ OneNodeSlurm::OneNodeSlurm() : directory_(new_directory()) {
   EXPECT_TRUE(ready_) << munged_->err();
   slurmctld_ = std::make_unique<Process>(std::vector<std::string>{"slurmctld", "-D"}, options);
   slurmd_ = std::make_unique<Process>(std::vector<std::string>{"slurmd", "-D"}, options);
-  ready_ = ready_ && wait_until(
-                         [&] {
-                           return run({"sinfo", "-h", "-p", "low", "-o", "%T"}).out == "idle\n";
-                         },
-                         seconds(60));
+  const auto idle = [&] { return run({"sinfo", "-h", "-p", "low", "-o", "%T"}).out == "idle\n"; };
+  const auto ended = [&] { return !slurmctld_->running() || !slurmd_->running(); };
+  ready_ = ready_ && wait_until([&] { return ended() || idle(); }, seconds(60)) && !ended();
   EXPECT_TRUE(ready_) << std::ifstream(path("slurmctld.log")).rdbuf() << std::ifstream(path("slurmd.log")).rdbuf();
 }
 
