@@ -20,7 +20,8 @@ const std::map<std::string, Fault::Kind>& kinds() {
   static const std::map<std::string, Fault::Kind> kKinds = {{"segv", Fault::Kind::kSegv},
                                                             {"check", Fault::Kind::kCheck},
                                                             {"hang", Fault::Kind::kHang},
-                                                            {"exit", Fault::Kind::kExit}};
+                                                            {"exit", Fault::Kind::kExit},
+                                                            {"slow", Fault::Kind::kSlow}};
   return kKinds;
 }
 
@@ -59,6 +60,8 @@ void strike(Fault::Kind kind) {
       while (true) pause();
     case Fault::Kind::kExit:
       _exit(7);
+    case Fault::Kind::kSlow:  // a small model's steps end before a test can come between
+      usleep(20'000);
   }
 }
 
@@ -69,9 +72,10 @@ absl::StatusOr<Fault> parse_fault(const std::string& text) {
   for (const std::string& part : std::vector<std::string>(absl::StrSplit(text, ','))) {
     const std::pair<std::string, std::string> pair = absl::StrSplit(part, absl::MaxSplits('=', 1));
     if (parse_part(pair.first, pair.second, &fault)) continue;
-    return absl::InvalidArgumentError(absl::StrCat(
-        "a fault is like rank=1,step=20,kind=segv or token=123,kind=hang, of kind segv, check, hang or exit; found \"",
-        part, "\""));
+    return absl::InvalidArgumentError(
+        absl::StrCat("a fault is like rank=1,step=20,kind=segv or token=123,kind=hang, of kind segv, check, hang, exit "
+                     "or slow; found \"",
+                     part, "\""));
   }
   if (fault.step.has_value() == fault.token.has_value()) {
     return absl::InvalidArgumentError(absl::StrCat("a fault needs a step or a token; found \"", text, "\""));

@@ -11,10 +11,10 @@
 namespace octet {
 
 struct Fault {
-  enum class Kind : uint8_t { kSegv, kCheck, kHang, kExit };
+  enum class Kind : uint8_t { kSegv, kCheck, kHang, kExit, kSlow };
   Kind kind = Kind::kSegv;
   std::optional<int> rank;       // absent: every rank
-  std::optional<uint64_t> step;  // before the first step of at least this number
+  std::optional<uint64_t> step;  // before the first step of at least this number; kSlow: before each
   std::optional<int32_t> token;  // before a step that brings this token
 };
 

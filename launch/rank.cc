@@ -392,7 +392,7 @@ void add_rank_options(CLI::App& command, RankOptions* options) {
             if (!fault.ok()) throw CLI::ValidationError("--inject-fault", std::string(fault.status().message()));
             options->fault = *fault;
           },
-          "For tests: rank=1,step=20,kind=segv, or token=123,kind=segv; kinds are segv, check, hang and exit")
+          "For tests: rank=1,step=20,kind=segv, or token=123,kind=segv; kinds are segv, check, hang, exit and slow")
       ->group("");  // hidden
   command.add_option("--pretend-nodes", options->pretend_nodes,
                      "Treat ranks as if on several nodes, 2+1: exercises the way between nodes on one machine");

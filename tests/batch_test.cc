@@ -95,6 +95,12 @@ std::vector<std::string> batch(const std::string& input, const std::string& outp
   return command;
 }
 
+// Further options of a job that a test wants to disturb: its steps take their time, however fast the machine is.
+std::vector<std::string> slowly(std::vector<std::string> more = {}) {
+  more.insert(more.end(), {"--inject-fault", "step=1,kind=slow"});
+  return more;
+}
+
 Finished run(int ranks, const std::vector<std::string>& command) {
   return run_command(mpirun(ranks, command), mpirun_environment());
 }
@@ -255,7 +261,7 @@ TEST(Batch, HasADefinedAnswerForEveryKindOfLine) {
 
 TEST(Batch, DrainsWhenToldToAndGoesOnLater) {
   const std::string input = write_file("in.jsonl", mixed_lines(300)), output = fresh_path("o.jsonl");
-  Process first(mpirun(2, batch(input, output, {"--drain-seconds", "0.2"})), mpirun_environment());
+  Process first(mpirun(2, batch(input, output, slowly({"--drain-seconds", "0.2"}))), mpirun_environment());
   ASSERT_TRUE(wait_for_file(output + ".octet/status.json", first, seconds(60)));
   std::this_thread::sleep_for(milliseconds(500));
   first.signal(SIGUSR1);
@@ -272,7 +278,7 @@ TEST(Batch, StopsBeforeSlurmEndsTheJob) {
   Process::Options environment = mpirun_environment();
   // Ten seconds of them are kept for the finish.
   environment.environment["SLURM_JOB_END_TIME"] = absl::StrCat(time(nullptr) + 14);
-  const Finished stopped = run_command(mpirun(2, batch(input, output)), environment, seconds(60));
+  const Finished stopped = run_command(mpirun(2, batch(input, output, slowly())), environment, seconds(60));
   EXPECT_EQ(stopped.status, kComeBack) << stopped.err;
   EXPECT_THAT(stopped.err, HasSubstr("time ends"));
   EXPECT_GT(json::parse(read_file(output + ".octet/status.json"))["lines_done"], 0);
@@ -280,7 +286,7 @@ TEST(Batch, StopsBeforeSlurmEndsTheJob) {
 
 TEST(Batch, DrainsInsideTheTimeThatADyingMpirunAllows) {
   const std::string input = write_file("in.jsonl", mixed_lines(1200, 60)), output = fresh_path("o.jsonl");
-  Process first(mpirun(2, batch(input, output)), mpirun_environment());
+  Process first(mpirun(2, batch(input, output, slowly())), mpirun_environment());
   ASSERT_TRUE(wait_for_file(output + ".octet/status.json", first, seconds(60)));
   std::this_thread::sleep_for(milliseconds(300));
   first.signal(SIGTERM);
@@ -406,7 +412,7 @@ TEST(Batch, ClosesALineThatKillsTheEngineAndAnswersTheOthers) {
 
 TEST(Batch, LeavesNoDuplicateWhenAZombieWakesUp) {
   const std::string input = write_file("in.jsonl", mixed_lines(400)), output = fresh_path("o.jsonl");
-  Process zombie(mpirun(2, batch(input, output)), mpirun_environment());
+  Process zombie(mpirun(2, batch(input, output, slowly())), mpirun_environment());
   ASSERT_TRUE(wait_for_file(output + ".octet/status.json", zombie, seconds(60)));
   std::this_thread::sleep_for(milliseconds(400));
   const std::vector<pid_t> pids = tree(zombie.pid());

@@ -274,9 +274,13 @@ class SlurmBatch : public Slurm {
   }
 
   void queue_again_in_the_middle(const std::string& launcher, int ranks) {
-    write_requests(400 / ranks);
-    const std::string job =
-        submit_batch(launcher, {absl::StrCat("--ntasks=", ranks), absl::StrCat("--ntasks-per-node=", ranks)});
+    write_requests(40);
+    Submission submission = batch("batch.sbatch", launcher);
+    // Slow, so that there is a middle however fast the machine is.
+    submission.octet_options = {"--kv-memory",      "64MiB",     "--max-sequences", "4", "--inject-fault",
+                                "step=1,kind=slow", "--created", kCreated};
+    submission.sbatch_options = {absl::StrCat("--ntasks=", ranks), absl::StrCat("--ntasks-per-node=", ranks)};
+    const std::string job = submit(submission);
     expect_progress(job);
     EXPECT_EQ(slurm_->run({"scontrol", "requeue", job}).status, 0);
     expect_restart(job);
