@@ -62,7 +62,7 @@ BatchLine BatchLine::read(std::string_view text, int64_t number, const BatchFact
   absl::StatusOr<Json> json = read_line(text, number);
   if (!json.ok()) {
     // Whoever looks for this line's answer by its id should find it, if the id can be read at all.
-    if (std::string id = custom_id_of(text); !id.empty()) line.custom_id_ = std::move(id);
+    line.custom_id_ = custom_id_of(text);
     line.fail(json.status(), "invalid_json_line");
     return line;
   }

@@ -199,10 +199,10 @@ TEST(Journal, NoticesAnAnswerThatWasDamagedSinceItWasRead) {
   EXPECT_EQ(open(&disk)->answers(), 0) << "its line is run again";
 }
 
-TEST(Journal, RemovesItsSegmentsAndNoLaterOnes) {
+TEST(RemoveSegments, LeavesThoseOfLaterEpochs) {
   FakeDisk disk;
   const auto first = open(&disk), second = open(&disk);
-  ASSERT_TRUE(first->remove_segments().ok());
+  ASSERT_TRUE(remove_segments(&disk, "job", 2).ok());
   EXPECT_THAT(*disk.list("job"), ElementsAre("epoch-000001", "epoch-000002", "seg-000002-00000"));
 }
 

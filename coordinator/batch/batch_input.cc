@@ -14,6 +14,7 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "coordinator/batch/disk.h"
 #include "coordinator/batch/sha256.h"
 #include "kernels/check.h"
 
@@ -29,7 +30,7 @@ bool blank(std::string_view text) { return text.find_first_not_of(" \t\r") == st
 // Stops at the first top-level custom_id.
 class CustomIdReader final : public json::json_sax_t {
  public:
-  std::string take() { return std::move(id_); }
+  std::optional<std::string> take() { return std::move(id_); }
 
   bool null() override { return value(); }
   bool boolean(bool) override { return value(); }
@@ -58,17 +59,14 @@ class CustomIdReader final : public json::json_sax_t {
 
   int depth_ = 0;
   bool due_ = false;
-  std::string id_;
+  std::optional<std::string> id_;
 };
 
-absl::Status unreadable(const std::string& path) {
-  const std::string text = absl::StrCat(path, ": ", std::strerror(errno));
-  return errno == ENOENT ? absl::NotFoundError(text) : absl::UnavailableError(text);
-}
+absl::Status unreadable(const std::string& path) { return disk_error(path); }
 
 }  // namespace
 
-std::string custom_id_of(std::string_view line) {
+std::optional<std::string> custom_id_of(std::string_view line) {
   CustomIdReader reader;
   json::sax_parse(line, &reader);
   return reader.take();
@@ -155,8 +153,8 @@ namespace {
 // Hashes of ids, and only where two are equal the ids themselves: a million ids take 16 MB.
 class CustomIds {
  public:
-  void add(const std::string& id, int64_t line) {
-    if (!id.empty()) hashes_.emplace_back(std::hash<std::string>()(id), line);
+  void add(const std::optional<std::string>& id, int64_t line) {
+    if (id.has_value()) hashes_.emplace_back(std::hash<std::string>()(*id), line);
   }
 
   // INVALID_ARGUMENT when two lines of `input` have the same.
@@ -168,7 +166,7 @@ class CustomIds {
       if (!one.ok()) return one.status();
       const absl::StatusOr<BatchInput::Line> other = input->read(hashes_[i].second);
       if (!other.ok()) return other.status();
-      const std::string id = custom_id_of(one->text);
+      const std::string id = custom_id_of(one->text).value_or("");
       if (id != custom_id_of(other->text)) continue;
       return absl::InvalidArgumentError(
           absl::StrCat(path, ": lines ", one->number, " and ", other->number, " have the same custom_id \"",

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -68,6 +69,6 @@ class BatchInput {
 };
 
 // The top-level custom_id of a line, or nothing where it has none that is a string. Reads no further than it must.
-std::string custom_id_of(std::string_view line);
+std::optional<std::string> custom_id_of(std::string_view line);
 
 }  // namespace octet

@@ -1,9 +1,11 @@
 #include "coordinator/batch/batch_job.h"
 
 #include <algorithm>
-#include <filesystem>
+#include <limits>
 #include <utility>
 
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
@@ -19,6 +21,7 @@ constexpr int kFormat = 1;
 constexpr char kManifest[] = "manifest.json";
 constexpr char kIndex[] = "index.json";
 constexpr char kDone[] = "done.json";
+constexpr char kPart[] = "part-";  // and the epoch: an output that is being written
 constexpr size_t kBufferBytes = size_t{1} << 20;
 
 ordered_json parse(const std::string& text) { return ordered_json::parse(text, nullptr, /*allow_exceptions=*/false); }
@@ -128,12 +131,20 @@ absl::StatusOr<std::unique_ptr<BatchJob>> BatchJob::open(Disk* disk, const Batch
     return absl::InvalidArgumentError(
         absl::StrCat("--shard ", options.shard, "/", options.shards, ": shards are 0/N to N-1/N"));
   }
+  if (options.shards > 1 && !options.created.has_value()) {
+    return absl::InvalidArgumentError(
+        "the shards of a job bear one date, or they could not be joined: give all of them the same --created, such as "
+        "$(stat -c %Y INPUT)");
+  }
   std::unique_ptr<BatchJob> job(new BatchJob(disk, options));
   const absl::StatusOr<std::string> manifest = disk->read(job->path(kManifest));
   if (!manifest.ok() && !absl::IsNotFound(manifest.status())) return manifest.status();
   const absl::Status status = manifest.ok() ? job->resume(*manifest) : job->begin();
   if (!status.ok()) return status;
-  if (job->done_.has_value()) return job;
+  if (job->done_.has_value()) {
+    if (absl::Status swept = job->sweep(std::numeric_limits<int>::max()); !swept.ok()) return swept;
+    return job;
+  }
   absl::StatusOr<std::unique_ptr<Journal>> journal = Journal::open({.disk = disk,
                                                                     .directory = job->directory_,
                                                                     .job_id = job->id_,
@@ -248,6 +259,8 @@ absl::Status BatchJob::read_done() {
 absl::Status BatchJob::finish(const BatchProgress& progress) {
   OCTET_CHECK(journal_->answers() == lines_, "a job is finished before its lines are");
   if (absl::Status status = journal_->check_fence(); !status.ok()) return status;
+  const int epoch = journal_->epoch();
+  if (absl::Status status = sweep(epoch); !status.ok()) return status;
   ordered_json done;
   if (absl::Status status = write_output(progress, &done); !status.ok()) {
     // A zombie that had every answer may have finished meanwhile, and removed the journal: its output is ours.
@@ -256,12 +269,27 @@ absl::Status BatchJob::finish(const BatchProgress& progress) {
   }
   if (absl::Status status = disk_->replace(path(kDone), done.dump(2) + "\n"); !status.ok()) return status;
   done_ = *totals_of(done, path(kDone));
-  return journal_->remove_segments();
+  return sweep(epoch + 1);
+}
+
+// Removes what runs that were killed in the finish have left beside the output, and of a job that is done the journal.
+absl::Status BatchJob::sweep(int before_epoch) {
+  const std::string directory = directory_of(options_.output);
+  const absl::StatusOr<std::vector<std::string>> names = disk_->list(directory);
+  if (!names.ok()) return names.status();
+  const std::string part = options_.output.substr(options_.output.find_last_of('/') + 1) + "." + kPart;
+  for (const std::string& name : *names) {
+    int epoch = 0;
+    if (!absl::StartsWith(name, part) || !absl::SimpleAtoi(name.substr(part.size()), &epoch)) continue;
+    if (epoch >= before_epoch) continue;
+    if (absl::Status status = disk_->remove(directory + "/" + name); !status.ok()) return status;
+  }
+  return done_.has_value() ? remove_segments(disk_, directory_, before_epoch) : absl::OkStatus();
 }
 
 absl::Status BatchJob::write_output(const BatchProgress& progress, ordered_json* done) {
   absl::StatusOr<OutputFile> output =
-      OutputFile::create(disk_, options_.output, absl::StrCat("part-", journal_->epoch()));
+      OutputFile::create(disk_, options_.output, absl::StrCat(kPart, journal_->epoch()));
   if (!output.ok()) return output.status();
   for (int64_t i = 0; i < lines_; ++i) {
     const absl::StatusOr<JournalAnswer> answer = journal_->read_answer(first_line_ + i);
@@ -357,6 +385,24 @@ absl::Status append_shard(Disk* disk, const Shard& shard, OutputFile* output, in
                                                     batch_directory(shard.output), "/", kDone));
 }
 
+// Takes OUTPUT.octet for the merge: it is new, or an earlier merge of the same job has made it.
+absl::Status claim_merge(Disk* disk, const std::string& output, const std::string& manifest) {
+  const std::string directory = batch_directory(output), path = directory + "/" + kManifest;
+  const absl::StatusOr<std::string> before = disk->read(path);
+  if (before.ok() && *before == manifest) return absl::OkStatus();
+  if (before.ok()) {
+    return absl::FailedPreconditionError(absl::StrCat(directory, " is another job's: give another --output"));
+  }
+  if (!absl::IsNotFound(before.status())) return before.status();
+  const absl::StatusOr<bool> taken = exists(disk, output);
+  if (!taken.ok()) return taken.status();
+  if (*taken) {
+    return absl::FailedPreconditionError(absl::StrCat(output, " exists and no job has made it: remove it first"));
+  }
+  if (absl::Status status = disk->make_directory(directory); !status.ok()) return status;
+  return disk->replace(path, manifest);
+}
+
 }  // namespace
 
 absl::StatusOr<BatchTotals> merge_batch(Disk* disk, const std::string& output, const std::vector<std::string>& shards,
@@ -380,12 +426,14 @@ absl::StatusOr<BatchTotals> merge_batch(Disk* disk, const std::string& output, c
   if (parts.empty()) return absl::InvalidArgumentError("no outputs of shards are given");
   if (absl::Status status = sort_shards(&parts); !status.ok()) return status;
 
-  const std::string directory = batch_directory(output);
-  const absl::StatusOr<bool> taken = exists(disk, output), ours = exists(disk, directory + "/" + kManifest);
-  if (!taken.ok()) return taken.status();
-  if (*taken && !(ours.ok() && *ours)) {
-    return absl::FailedPreconditionError(absl::StrCat(output, " exists and no job has made it: remove it first"));
+  if (std::ranges::find(shards, output) != shards.end()) {
+    return absl::FailedPreconditionError(absl::StrCat(output, " is one of the shards: give another --output"));
   }
+  // The whole job, as if it had been one. The manifest comes first: a merge that is killed knows its own the next time.
+  ordered_json manifest = parts.front().manifest;
+  manifest["shard"] = {{"index", 0}, {"count", 1}, {"first_line", 0}, {"lines", totals.lines}};
+  if (absl::Status status = claim_merge(disk, output, manifest.dump(2) + "\n"); !status.ok()) return status;
+
   absl::StatusOr<OutputFile> file = OutputFile::create(disk, output, "part-merge");
   if (!file.ok()) return file.status();
   int64_t bytes = 0;
@@ -393,16 +441,11 @@ absl::StatusOr<BatchTotals> merge_batch(Disk* disk, const std::string& output, c
     if (absl::Status status = append_shard(disk, part, &*file, &bytes, all, progress); !status.ok()) return status;
   }
   if (absl::Status status = file->finish(); !status.ok()) return status;
-  // The whole job, as if it had been one.
-  ordered_json manifest = parts.front().manifest;
-  manifest["shard"] = {{"index", 0}, {"count", 1}, {"first_line", 0}, {"lines", totals.lines}};
   ordered_json done = to_json(totals);
   done["bytes"] = bytes;
   done["sha256"] = file->sha256();
-  if (absl::Status status = disk->make_directory(directory); !status.ok()) return status;
-  if (absl::Status status = disk->replace(directory + "/" + kManifest, manifest.dump(2) + "\n"); !status.ok())
-    return status;
-  if (absl::Status status = disk->replace(directory + "/" + kDone, done.dump(2) + "\n"); !status.ok()) return status;
+  const std::string done_path = batch_directory(output) + "/" + kDone;
+  if (absl::Status status = disk->replace(done_path, done.dump(2) + "\n"); !status.ok()) return status;
   return totals;
 }
 

@@ -72,6 +72,7 @@ class BatchJob {
   absl::Status begin();
   absl::Status resume(const std::string& manifest);
   absl::Status read_done();
+  absl::Status sweep(int before_epoch);
   absl::Status write_output(const BatchProgress& progress, nlohmann::ordered_json* done);
 
   Disk* const disk_;

@@ -144,10 +144,12 @@ std::optional<int64_t> BatchRunner::next_line() {
   return next_line_++;
 }
 
-bool BatchRunner::stopping() const {
+absl::Time BatchRunner::stop_deadline() const {
   const std::lock_guard lock(inbox_->mutex);
-  return inbox_->deadline != absl::InfiniteFuture();
+  return inbox_->deadline;
 }
+
+bool BatchRunner::stopping() const { return stop_deadline() != absl::InfiniteFuture(); }
 
 bool BatchRunner::may_start() {
   if (stopping() || !out_of_time_.empty() || disk_failed_ != absl::InfiniteFuture()) return false;
@@ -281,18 +283,24 @@ void BatchRunner::end_line(Run* run) {
 
 void BatchRunner::answer(Run* run) {
   if (job_.journal().uncommitted_answers() == 0) commit_due_ = absl::Now() + options_.commit_after;
+  std::string text = run->line.answer();
+  if (text.size() > kMaxAnswerBytes) {
+    run->line.fail(absl::InvalidArgumentError("the answer has more than 1 GiB: ask for fewer outputs or logprobs"),
+                   "answer_too_long");
+    text = run->line.answer();
+  }
   job_.journal().add_answer({.line = run->index,
                              .failed = run->line.failed(),
                              .prompt_tokens = static_cast<uint32_t>(run->line.prompt_tokens()),
                              .completion_tokens = static_cast<uint32_t>(run->line.completion_tokens()),
-                             .text = run->line.answer()});
+                             .text = std::move(text)});
 }
 
 absl::Status BatchRunner::commit_if_due(bool now) {
   const bool due = now || absl::Now() >= commit_due_ || job_.journal().uncommitted_answers() >= options_.commit_answers;
   if (!due) return absl::OkStatus();
-  if (now) absl::SleepFor(disk_retry_ - absl::Now());  // there is nothing else to do
-  if (absl::Now() < disk_retry_) return absl::OkStatus();
+  if (now) absl::SleepFor(std::min(disk_retry_, stop_deadline()) - absl::Now());  // there is nothing else to do
+  if (absl::Now() < std::min(disk_retry_, stop_deadline())) return absl::OkStatus();
   absl::Status status = job_.journal().commit();
   if (status.ok()) status = job_.journal().check_fence();
   if (absl::IsAborted(status)) return status;
@@ -305,9 +313,9 @@ absl::Status BatchRunner::commit_if_due(bool now) {
 // A disk that fails is tried again until its patience ends. Meanwhile what runs goes on, and nothing is started.
 absl::Status BatchRunner::note_disk_failure(const absl::Status& status) {
   disk_failed_ = std::min(disk_failed_, absl::Now());
-  if (absl::Now() - disk_failed_ >= options_.disk_patience) return status;
+  if (absl::Now() - disk_failed_ >= options_.disk_patience || absl::Now() >= stop_deadline()) return status;
   disk_retry_ = absl::Now() + options_.disk_pause;
-  commit_due_ = std::min(commit_due_, disk_retry_);
+  commit_due_ = disk_retry_;
   return absl::OkStatus();
 }
 

@@ -45,7 +45,7 @@ struct BatchState {
 
 class BatchRunner {
  public:
-  // Everything outlives the runner; the engine's requests end before it does.
+  // Everything outlives the runner.
   BatchRunner(const BatchRunnerOptions& options, BatchJob* job, const BatchFacts* facts, const ServedModel* model,
               Engine* engine);
   ~BatchRunner();
@@ -79,6 +79,7 @@ class BatchRunner {
   absl::Status note_disk_failure(const absl::Status& status);
   absl::Status give_up(const absl::Status& cause);
   void publish();
+  absl::Time stop_deadline() const;  // infinite: nobody has called stop()
   bool stopping() const;
   bool at_end() const;
 

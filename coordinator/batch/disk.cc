@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -17,10 +18,16 @@ namespace octet {
 namespace {
 
 absl::Status error_of(std::string_view what, const std::string& path) {
-  const std::string text = absl::StrCat(std::string(what), " ", path, ": ", std::strerror(errno));
-  if (errno == ENOENT) return absl::NotFoundError(text);
-  if (errno == EEXIST) return absl::AlreadyExistsError(text);
-  return absl::UnavailableError(text);
+  return disk_error(absl::StrCat(std::string(what), " ", path));
+}
+
+// No other process's, on this machine or another that shares the disk.
+const std::string& own_suffix() {
+  static const std::string kSuffix = [] {
+    std::random_device source;
+    return absl::StrCat("tmp-", getpid(), "-", source());
+  }();
+  return kSuffix;
 }
 
 class RealFile final : public DiskFile {
@@ -127,6 +134,27 @@ class RealDisk final : public Disk {
 
 }  // namespace
 
+absl::Status disk_error(const std::string& what) {
+  const std::string text = absl::StrCat(what, ": ", std::strerror(errno));
+  switch (errno) {
+    case ENOENT:
+      return absl::NotFoundError(text);
+    case EEXIST:
+      return absl::AlreadyExistsError(text);
+    case EACCES:
+    case EINVAL:
+    case EISDIR:
+    case ELOOP:
+    case ENAMETOOLONG:
+    case ENOTDIR:
+    case EPERM:
+    case EROFS:
+      return absl::FailedPreconditionError(text);
+    default:
+      return absl::UnavailableError(text);
+  }
+}
+
 absl::StatusOr<std::string> Disk::read(const std::string& path) {
   const absl::StatusOr<std::unique_ptr<DiskFile>> file = open(path);
   if (!file.ok()) return file.status();
@@ -135,8 +163,8 @@ absl::StatusOr<std::string> Disk::read(const std::string& path) {
   return (*file)->read(0, *size);
 }
 
-absl::Status Disk::replace(const std::string& path, std::string_view content, std::string_view suffix) {
-  const std::string beside = absl::StrCat(path, ".", std::string(suffix));
+absl::Status Disk::replace(const std::string& path, std::string_view content) {
+  const std::string beside = absl::StrCat(path, ".", own_suffix());
   if (absl::Status status = remove(beside); !status.ok()) return status;
   {
     const absl::StatusOr<std::unique_ptr<DiskFile>> file = create(beside);

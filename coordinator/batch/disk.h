@@ -13,8 +13,7 @@
 
 namespace octet {
 
-// One thread at a time. Errors are UNAVAILABLE with the path and the system's words (what is full or away may come
-// back), but for those that are named.
+// One thread at a time. Errors are those of disk_error(), with the path.
 class DiskFile {
  public:
   virtual ~DiskFile() = default;  // closes
@@ -44,12 +43,16 @@ class Disk {
   // The whole file; NOT_FOUND.
   absl::StatusOr<std::string> read(const std::string& path);
   // `path` has this content, all of it or, after a crash, what it had before: a file beside it, synced and renamed.
-  // Names that end in "." and `suffix` are left over from such a crash.
-  absl::Status replace(const std::string& path, std::string_view content, std::string_view suffix = "tmp");
+  // That file's name is this process's own, so that two that replace the same path do not meet before the end.
+  absl::Status replace(const std::string& path, std::string_view content);
 };
 
 // This machine's.
 Disk& real_disk();
+
+// errno's words about what was tried. NOT_FOUND and ALREADY_EXISTS; FAILED_PRECONDITION for what stays as it is until
+// somebody changes it (rights, names, a read-only disk); UNAVAILABLE for the rest.
+absl::Status disk_error(const std::string& what);
 
 // "a/b" for "a/b/c", "." for "c".
 std::string directory_of(const std::string& path);

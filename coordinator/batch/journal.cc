@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
@@ -38,9 +39,8 @@ static_assert(sizeof(Header) == 40);
 
 constexpr uint32_t kMagic = 0x4a54434f;  // "OCTJ"
 constexpr int64_t kHeaderBytes = sizeof(Header);
-// Above any answer that is made (64 outputs of a long context with their logprobs): a length beyond it is a torn
-// record's.
-constexpr uint32_t kMaxPayloadBytes = 1u << 30;
+// A length beyond it is a torn record's. Seals may be as long as answers.
+constexpr uint32_t kMaxPayloadBytes = kMaxAnswerBytes;
 
 // SipHash, keyed by the job, so that another job's record is no record.
 uint64_t checksum_of(const std::string& job_id, Header header, std::string_view payload) {
@@ -58,6 +58,7 @@ uint64_t checksum_of(const std::string& job_id, Header header, std::string_view 
 }
 
 std::string encode(const std::string& job_id, Header header, std::string_view payload) {
+  OCTET_CHECK(payload.size() <= kMaxPayloadBytes, "a record that could not be read back");
   header.magic = kMagic;
   header.payload_bytes = static_cast<uint32_t>(payload.size());
   header.checksum = checksum_of(job_id, header, payload);
@@ -224,6 +225,7 @@ void Journal::place_answer(int64_t line, const Place& place) {
   places_[static_cast<size_t>(line - options_.first_line)] = place;
   ++answers_;
   for (auto& [epoch, lines] : in_flight_) lines.erase(line);
+  std::erase_if(in_flight_, [this](const auto& entry) { return entry.first < epoch_ && entry.second.empty(); });
 }
 
 bool Journal::answered(int64_t line) const {
@@ -241,8 +243,8 @@ std::vector<int> Journal::unjudged() const {
 absl::StatusOr<std::string> Journal::writer_of(int epoch) const { return options_.disk->read(path(epoch_name(epoch))); }
 
 int64_t Journal::in_flight_last() const {
-  const auto own = in_flight_.lower_bound(epoch_);
-  return own == in_flight_.begin() ? 0 : static_cast<int64_t>(std::prev(own)->second.size());
+  const auto last = in_flight_.find(epoch_ - 1);
+  return last == in_flight_.end() ? 0 : static_cast<int64_t>(last->second.size());
 }
 
 void Journal::judge(int epoch, bool counts, std::string_view cause) {
@@ -293,7 +295,10 @@ absl::Status Journal::begin_segment() {
     options_.disk->remove(path(name)).IgnoreError();
     return status;
   }
-  if (absl::Status status = options_.disk->sync_directory(options_.directory); !status.ok()) return status;
+  if (absl::Status status = options_.disk->sync_directory(options_.directory); !status.ok()) {
+    options_.disk->remove(path(name)).IgnoreError();
+    return status;
+  }
   segment_ = *std::move(file);
   written_ = 0;
   known_.push_back({.name = name});
@@ -401,15 +406,13 @@ absl::StatusOr<JournalAnswer> Journal::read_answer(int64_t line) const {
                        .text = std::move(record->payload)};
 }
 
-absl::Status Journal::remove_segments() {
-  const absl::StatusOr<std::vector<std::string>> names = options_.disk->list(options_.directory);
+absl::Status remove_segments(Disk* disk, const std::string& directory, int before_epoch) {
+  const absl::StatusOr<std::vector<std::string>> names = disk->list(directory);
   if (!names.ok()) return names.status();
-  segment_.reset();
-  reading_.clear();
   for (const std::string& name : *names) {
     const int epoch = epoch_of(name, kSegmentPrefix);
-    if (epoch == 0 || epoch > epoch_) continue;
-    if (absl::Status status = options_.disk->remove(path(name)); !status.ok()) return status;
+    if (epoch == 0 || epoch >= before_epoch) continue;
+    if (absl::Status status = disk->remove(directory + "/" + name); !status.ok()) return status;
   }
   return absl::OkStatus();
 }

@@ -32,6 +32,9 @@ struct JournalOptions {
   std::string writer;         // who this incarnation is, for the message that fences an older one: "host, process 12"
 };
 
+// Of an answer's text.
+constexpr size_t kMaxAnswerBytes = size_t{1} << 30;
+
 struct JournalAnswer {
   int64_t line = 0;
   bool failed = false;  // it is an error's
@@ -62,7 +65,7 @@ class Journal {
   // Epochs that ended with lines in flight and have not been judged.
   std::vector<int> unjudged() const;
   const std::set<int64_t>& in_flight(int epoch) const { return in_flight_.at(epoch); }
-  int64_t in_flight_last() const;                          // how many, in the last epoch that ran any
+  int64_t in_flight_last() const;                          // how many, in the epoch before this one
   absl::StatusOr<std::string> writer_of(int epoch) const;  // JournalOptions::writer of that run
   // Notes whether the end of that epoch counts as a try of the lines that were in flight then.
   void judge(int epoch, bool counts, std::string_view cause);
@@ -86,9 +89,6 @@ class Journal {
   // ---- Reading answers back
   // REQUIRES: it is answered and committed. DATA_LOSS when the disk does not hold it any more.
   absl::StatusOr<JournalAnswer> read_answer(int64_t line) const;
-
-  // Removes every segment that this incarnation knows of. REQUIRES: the answers are safe elsewhere.
-  absl::Status remove_segments();
 
  private:
   struct Segment {
@@ -138,5 +138,8 @@ class Journal {
 
   mutable std::map<int32_t, std::unique_ptr<DiskFile>> reading_;
 };
+
+// Removes the segments of all epochs before this one. REQUIRES: the answers are safe elsewhere.
+absl::Status remove_segments(Disk* disk, const std::string& directory, int before_epoch);
 
 }  // namespace octet
