@@ -364,7 +364,9 @@ void RpcWorkerGroup::Impl::look_after_ranks() {
   if (!verdict) return;
   std::string text = verdict->text;
   for (int rank : verdict->culprits) absl::StrAppend(&text, state_of(rank));
-  fail(absl::DeadlineExceededError(text));
+  // First words count: what the owner makes of the status comes later.
+  if (verdict->silent && options.recorder != nullptr) options.recorder->last_words(LastWordsKind::kSilent, text);
+  fail(verdict->silent ? absl::UnavailableError(text) : absl::DeadlineExceededError(text));
 }
 
 std::vector<int> RpcWorkerGroup::Impl::unanswered() const {

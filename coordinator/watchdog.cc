@@ -89,7 +89,8 @@ std::optional<Watchdog::Verdict> Watchdog::find_silent(TimePoint now) const {
       .culprits = silent,
       .text = absl::StrFormat("%s gave no sign of life for %.1f s: its process is stopped or its node hangs; "
                               "last seen %s",
-                              rank_list(silent), longest, to_string(ranks_[silent.front()].place))};
+                              rank_list(silent), longest, to_string(ranks_[silent.front()].place)),
+      .silent = true};
 }
 
 std::optional<Watchdog::Verdict> Watchdog::find_stuck(const Place& own, std::span<const int> unanswered,

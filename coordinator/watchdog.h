@@ -54,7 +54,8 @@ class Watchdog {
 
   struct Verdict {
     std::vector<int> culprits;
-    std::string text;  // a sentence that names them and what they did not do
+    std::string text;     // a sentence that names them and what they did not do
+    bool silent = false;  // they give no sign of life: the machine's doing, and not the work's
   };
 
   Watchdog(const WatchdogOptions& options, int32_t ranks, TimePoint now);

@@ -26,6 +26,7 @@
 #include "coordinator/batch/batch_job.h"
 #include "coordinator/batch/batch_runner.h"
 #include "coordinator/batch/provenance.h"
+#include "coordinator/batch/sha256.h"
 #include "coordinator/engine.h"
 #include "launch/batch_report.h"
 #include "launch/drain.h"
@@ -56,34 +57,59 @@ struct BatchOptions {
 
 int exit_status_of(const BatchTotals& totals) { return totals.failed == 0 ? kAllDone : kDoneWithErrors; }
 
-std::string process_name(const std::string& host, pid_t pid) { return absl::StrCat(host, ", process ", pid); }
-
-std::string whoami() {
+std::string host_name() {
   char host[256] = {};
   gethostname(host, sizeof host - 1);
-  return process_name(host, getpid());
+  return host;
 }
 
-// Beside the journal, so that whichever machine goes on with the job finds them.
+// A run, as its epoch's file and its rank 0's flight have it: a container may give every run the same process id.
+struct RunName {
+  std::string host;
+  pid_t pid = 0;
+  absl::Time since;
+
+  std::string text() const {
+    return absl::StrCat(host, ", process ", pid, ", since ",
+                        absl::FormatTime(absl::RFC3339_full, since, absl::UTCTimeZone()));
+  }
+  static RunName own() { return {.host = host_name(), .pid = getpid(), .since = absl::Now()}; }
+};
+
+// Whether `flight` is that of the run whose name is `text`, which has begun before its flight.
+bool is_of_run(const Flight& flight, const std::string& text) {
+  const size_t comma = text.rfind(", since ");
+  absl::Time since;
+  std::string error;
+  return comma != std::string::npos && text.substr(0, comma) == absl::StrCat(flight.host, ", process ", flight.pid) &&
+         absl::ParseTime(absl::RFC3339_full, text.substr(comma + 8), &since, &error) && flight.start >= since;
+}
+
+// Where ranks leave their flights: beside the journal, so that whichever machine goes on with the job finds them.
 std::string flights_of(const std::string& output) { return batch_directory(output) + "/flights"; }
 
-// The flights of the run whose rank 0 was `writer`; empty when it has left none.
-std::vector<Flight> flights_of_run(const std::string& home, const std::string& writer) {
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(home, error)) {
-    absl::StatusOr<std::vector<Flight>> flights = read_flights(entry.path());
+// The flights of the run of that name; empty when it has left none.
+std::vector<Flight> flights_of_run(const RankOptions& options, const std::string& run) {
+  std::vector<std::string> directories = {options.flight_directory};
+  if (options.flight_directory.empty()) {
+    directories.clear();
+    std::error_code error;
+    std::filesystem::directory_iterator entry(options.flight_home, error), end;
+    for (; !error && entry != end; entry.increment(error)) directories.push_back(entry->path());
+  }
+  for (const std::string& directory : directories) {
+    absl::StatusOr<std::vector<Flight>> flights = read_flights(directory);
     if (!flights.ok() || flights->empty()) continue;
-    const Flight& first = flights->front();
-    if (first.rank == 0 && process_name(first.host, first.pid) == writer) return *std::move(flights);
+    if (flights->front().rank == 0 && is_of_run(flights->front(), run)) return *std::move(flights);
   }
   return {};
 }
 
 // Whether an earlier run's end may be the fault of the lines that were in flight then: only if a rank's last words say
 // so. Ranks that were killed, and those that lost them, say nothing against a line.
-void judge(int epoch, const std::string& home, Journal* journal) {
-  const absl::StatusOr<std::string> writer = journal->writer_of(epoch);
-  for (const Flight& flight : writer.ok() ? flights_of_run(home, *writer) : std::vector<Flight>()) {
+void judge(int epoch, const RankOptions& options, Journal* journal) {
+  const absl::StatusOr<std::string> run = journal->writer_of(epoch);
+  for (const Flight& flight : run.ok() ? flights_of_run(options, *run) : std::vector<Flight>()) {
     if (!blames_the_work(flight.kind)) continue;
     const std::string cause = absl::StrCat("rank ", flight.rank, ": ", flight.last_words);
     log_line(LogLevel::kWarning,
@@ -92,6 +118,19 @@ void judge(int epoch, const std::string& home, Journal* journal) {
     return journal->judge(epoch, /*counts=*/true, cause);
   }
   journal->judge(epoch, /*counts=*/false, "no rank's last words blame the work");
+}
+
+// Of the files of a checkpoint that decide how text becomes tokens and tokens are chosen; the weights have a digest of
+// their own.
+std::string text_digest(const std::string& model) {
+  Sha256 hash;
+  for (const char* name :
+       {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}) {
+    const absl::StatusOr<std::string> text = real_disk().read(absl::StrCat(model, "/", name));
+    hash.add(absl::StrCat(name, text.ok() ? absl::StrCat(" ", text->size(), " ") : std::string(" none ")));
+    if (text.ok()) hash.add(*text);
+  }
+  return hash.hex().substr(0, 16);
 }
 
 absl::StatusOr<std::pair<int32_t, int32_t>> parse_shard(const std::string& text) {
@@ -107,6 +146,7 @@ absl::StatusOr<std::pair<int32_t, int32_t>> parse_shard(const std::string& text)
 nlohmann::ordered_json identity_of(const Job& job, const BatchOptions& options) {
   nlohmann::ordered_json identity = {{"model", job.model->name},
                                      {"checkpoint_digest", absl::StrFormat("%016x", job.checkpoint_digest)},
+                                     {"text_digest", text_digest(options.rank.runtime.model)},
                                      {"numerics_id", job.facts.numerics_id},
                                      {"reproducible", true},
                                      {"max_context", job.plan.limits.max_context},
@@ -147,7 +187,9 @@ class Reporter {
   // After end().
   void write_status(const std::string& name) {
     nlohmann::ordered_json status = report_.status(name);
-    status.update({{"job_id", job_.id()}, {"run_by", whoami()}, {"updated", absl::ToUnixSeconds(absl::Now())}});
+    status.update({{"job_id", job_.id()},
+                   {"run_by", absl::StrCat(host_name(), ", process ", getpid())},
+                   {"updated", absl::ToUnixSeconds(absl::Now())}});
     // Who watches can wait for the next one.
     real_disk().replace(job_.directory() + "/status.json", status.dump(2) + "\n").IgnoreError();
   }
@@ -217,7 +259,7 @@ class Batching final : public Leader {
                                       .shards = shard->second,
                                       .identity = identity_of(job, options_),
                                       .created = options_.created,
-                                      .writer = whoami(),
+                                      .writer = RunName::own().text(),
                                       .segment_bytes = options_.segment_bytes,
                                       .progress = [&](int64_t done, int64_t all) { progress.update(done, all); }});
     progress.clear();
@@ -229,7 +271,7 @@ class Batching final : public Leader {
       return exit_status_of(*batch_->done());
     }
     Journal& journal = batch_->journal();
-    for (const int epoch : journal.unjudged()) judge(epoch, flights_of(options_.output), &journal);
+    for (const int epoch : journal.unjudged()) judge(epoch, options_.rank, &journal);
     std::string begin = absl::StrFormat("job %s: %d of %d lines are answered, run %d", batch_->id().substr(0, 12),
                                         journal.answers(), batch_->lines(), journal.epoch());
     if (const int64_t lost = journal.in_flight_last(); lost > 0) {
@@ -256,7 +298,7 @@ class Batching final : public Leader {
     });
     const DrainOrder order = drain.wait(job_end() - kGoodbye);
     const absl::Duration patience = order.failure.ok() ? absl::Seconds(options_.drain_seconds) : absl::ZeroDuration();
-    runner.stop(absl::Now() + order.time_left(patience), order.reason);
+    runner.stop(std::min(absl::Now() + order.time_left(patience), job_end() - kGoodbye), order.reason);
     running.join();
     const BatchReport& report = reporter.end();
     if (!order.failure.ok()) {
@@ -294,6 +336,10 @@ class Batching final : public Leader {
       log_line(LogLevel::kWarning, absl::StrCat(other,
                                                 " lines were answered twice with different words, the first "
                                                 "counts: this should never be, please report it"));
+    }
+    if (absl::IsAborted(status)) {
+      log_line(LogLevel::kWarning, std::string(status.message()));
+      return kRefused;  // whoever started this one again would only take the job from the other
     }
     if (!status.ok()) {
       log_line(LogLevel::kWarning,
@@ -337,9 +383,8 @@ int run_merge(const std::string& output, const std::vector<std::string>& shards)
     std::fprintf(stderr, "octet batch merge: %s\n", std::string(totals.status().message()).c_str());
     return absl::IsUnavailable(totals.status()) ? kComeBack : kRefused;
   }
-  std::printf("%s: %d lines, %d of them with errors, %d prompt and %d completion tokens\n", output.c_str(),
-              static_cast<int>(totals->lines), static_cast<int>(totals->failed),
-              static_cast<int>(totals->prompt_tokens), static_cast<int>(totals->completion_tokens));
+  absl::PrintF("%s: %d lines, %d of them with errors, %d prompt and %d completion tokens\n", output, totals->lines,
+               totals->failed, totals->prompt_tokens, totals->completion_tokens);
   return exit_status_of(*totals);
 }
 
@@ -400,6 +445,7 @@ void add_batch_command(CLI::App& app, int* exit_code) {
       ->capture_default_str();
   command->add_option("--journal-segment", options->segment_bytes, "Bytes that the journal reserves at a time")
       ->transform(CLI::AsSizeValue(false))
+      ->check(CLI::PositiveNumber)
       ->default_str("64MiB");
   command->add_option("--svg", options->svg_file, "Draw throughput and lengths into this file at the end");
   add_merge_command(*command, exit_code);

@@ -110,11 +110,18 @@ class Rank {
 
   // The cause is on record before anything else is tried.
   void begin_to_fail(const absl::Status& cause) const {
-    recorder_->last_words(kind_of(cause), std::string(cause.message()));
+    // What ends another rank is that it has lost this job's rank 0, whatever its stream calls it.
+    recorder_->last_words(leads() ? kind_of(cause) : LastWordsKind::kLost, std::string(cause.message()));
     end_within(kSecondsToFail, options_.lost);
   }
 
   absl::Status open_flight() {
+    const absl::Status status = make_recorder();
+    // A full disk may have room again, as far as a job is concerned.
+    return absl::IsResourceExhausted(status) ? absl::UnavailableError(status.message()) : status;
+  }
+
+  absl::Status make_recorder() {
     const std::string job = bootstrap_.broadcast(leads() ? new_job_name(absl::Now()) : "");
     flight_directory_ = options_.flight_directory;
     if (flight_directory_.empty()) {
@@ -125,8 +132,6 @@ class Rank {
     }
     absl::StatusOr<std::unique_ptr<FlightRecorder>> recorder =
         FlightRecorder::create(flight_directory_, bootstrap_.rank(), bootstrap_.size(), job);
-    // A full disk may have room again, as far as a job is concerned.
-    if (absl::IsResourceExhausted(recorder.status())) return absl::UnavailableError(recorder.status().message());
     if (!recorder.ok()) return recorder.status();
     recorder_ = *std::move(recorder);
     recorder_->catch_crashes();
@@ -375,9 +380,10 @@ void add_rank_options(CLI::App& command, RankOptions* options) {
           },
           "Lines on standard error: text, or json, one object each [text]")
       ->check(CLI::IsMember({"text", "json"}));
-  command.add_option("--flight-directory", options->flight_directory,
-                     "Where each rank keeps its last steps and last words for octet doctor --last; a clean end removes "
-                     "them [a directory in /dev/shm for each of the last jobs]");
+  command.add_option(
+      "--flight-directory", options->flight_directory,
+      "Where each rank keeps its last steps and last words for octet doctor --last; a clean end removes "
+      "them [of batch OUTPUT.octet/flights, else /dev/shm/octet-flights-UID: a directory for each of the last jobs]");
   command
       .add_option("--watchdog-floor-seconds", options->watchdog_floor_seconds,
                   "A rank without a sign of life for so long is lost; a step may take as long, or 20 times as long as "

@@ -420,7 +420,7 @@ TEST(Batch, LeavesNoDuplicateWhenAZombieWakesUp) {
   Process heir(mpirun(1, batch(input, output)), mpirun_environment());
   ASSERT_TRUE(wait_for_file(output + ".octet/seg-000002-00000", heir, seconds(60)));
   for (pid_t pid : pids) kill(pid, SIGCONT);
-  EXPECT_EQ(zombie.wait(seconds(60)), kComeBack) << zombie.err();
+  EXPECT_EQ(zombie.wait(seconds(60)), kRefused) << zombie.err();
   EXPECT_THAT(zombie.err(), HasSubstr("has taken over"));
   EXPECT_EQ(heir.wait(seconds(120)), kDoneWithErrors) << heir.err();
   EXPECT_EQ(read_file(output), uninterrupted(input, kDoneWithErrors));

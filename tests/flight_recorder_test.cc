@@ -262,7 +262,7 @@ TEST(LastWords, BlameTheWorkForCrashesButNotForKillsAndLosses) {
                              LastWordsKind::kWatchdog}) {
     EXPECT_TRUE(blames_the_work(kind)) << name_of(kind);
   }
-  for (LastWordsKind kind : {LastWordsKind::kNone, LastWordsKind::kLost}) {
+  for (LastWordsKind kind : {LastWordsKind::kNone, LastWordsKind::kLost, LastWordsKind::kSilent}) {
     EXPECT_FALSE(blames_the_work(kind)) << name_of(kind);
   }
 }

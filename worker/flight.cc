@@ -122,12 +122,15 @@ const char* name_of(LastWordsKind kind) {
     case LastWordsKind::kDeviceError:
       return "device error";
     case LastWordsKind::kWatchdog:
+    case LastWordsKind::kSilent:
       return "watchdog";
   }
   return "unknown";
 }
 
-bool blames_the_work(LastWordsKind kind) { return kind != LastWordsKind::kNone && kind != LastWordsKind::kLost; }
+bool blames_the_work(LastWordsKind kind) {
+  return kind != LastWordsKind::kNone && kind != LastWordsKind::kLost && kind != LastWordsKind::kSilent;
+}
 
 const char* name_of(FlightEvent event) {
   switch (event) {

@@ -19,7 +19,8 @@ enum class LastWordsKind : uint8_t {
   kCrashSignal,  // SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT
   kFailedCheck,  // OCTET_CHECK
   kDeviceError,  // a step failed or its numbers are broken: an error in it, or ranks that disagree about it
-  kWatchdog,     // a rank is stuck or gives no sign of life
+  kWatchdog,     // a rank is stuck in a step
+  kSilent,       // the watchdog again: a rank gives no sign of life, its process is stopped or its node hangs
 };
 const char* name_of(LastWordsKind kind);
 

@@ -179,9 +179,11 @@ class PlanStream final : public grpc::ClientBidiReactor<wire_v1::RankMessage, wi
   // REQUIRES: mutex_.
   void give_up(Clock::duration silence) {
     silent_ = true;
-    status_ = absl::DeadlineExceededError(
+    status_ = absl::UnavailableError(
         absl::StrFormat("rank 0 gave no sign of life for %.1f s: its process is stopped or its node hangs",
                         std::chrono::duration<double>(silence).count()));
+    if (options_.recorder != nullptr)
+      options_.recorder->last_words(LastWordsKind::kSilent, std::string(status_.message()));
   }
 
   // REQUIRES: mutex_.
