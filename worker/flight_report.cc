@@ -89,7 +89,9 @@ void append_rank(const Flight& flight, absl::Time end, std::string* report) {
 }  // namespace
 
 std::string flight_verdict(std::span<const Flight> flights) {
-  const auto has_cause = [](const Flight& flight) { return blames_the_work(flight.kind); };
+  const auto has_cause = [](const Flight& flight) {
+    return flight.kind != LastWordsKind::kNone && flight.kind != LastWordsKind::kLost;
+  };
   if (const Flight* first = first_to_speak(flights, has_cause); first != nullptr) {
     return absl::StrCat(name_of(*first), " ended by ", octet::name_of(first->kind), ": ", first->last_words);
   }
