@@ -31,6 +31,7 @@
 #include "launch/batch_report.h"
 #include "launch/drain.h"
 #include "launch/log.h"
+#include "launch/machine.h"
 #include "launch/progress.h"
 #include "launch/rank.h"
 #include "launch/version.h"
@@ -57,32 +58,21 @@ struct BatchOptions {
 
 int exit_status_of(const BatchTotals& totals) { return totals.failed == 0 ? kAllDone : kDoneWithErrors; }
 
-std::string host_name() {
-  char host[256] = {};
-  gethostname(host, sizeof host - 1);
-  return host;
+constexpr char kSince[] = ", since ";
+
+// This run, as its epoch's file has it. The time is there because a container may give every run the same process id.
+std::string run_name() {
+  return absl::StrCat(host_name(), ", process ", getpid(), kSince,
+                      absl::FormatTime(absl::RFC3339_full, absl::Now(), absl::UTCTimeZone()));
 }
-
-// A run, as its epoch's file and its rank 0's flight have it: a container may give every run the same process id.
-struct RunName {
-  std::string host;
-  pid_t pid = 0;
-  absl::Time since;
-
-  std::string text() const {
-    return absl::StrCat(host, ", process ", pid, ", since ",
-                        absl::FormatTime(absl::RFC3339_full, since, absl::UTCTimeZone()));
-  }
-  static RunName own() { return {.host = host_name(), .pid = getpid(), .since = absl::Now()}; }
-};
 
 // Whether `flight` is that of the run whose name is `text`, which has begun before its flight.
 bool is_of_run(const Flight& flight, const std::string& text) {
-  const size_t comma = text.rfind(", since ");
+  const std::pair<std::string, std::string> process_and_time = absl::StrSplit(text, absl::MaxSplits(kSince, 1));
   absl::Time since;
   std::string error;
-  return comma != std::string::npos && text.substr(0, comma) == absl::StrCat(flight.host, ", process ", flight.pid) &&
-         absl::ParseTime(absl::RFC3339_full, text.substr(comma + 8), &since, &error) && flight.start >= since;
+  return process_and_time.first == absl::StrCat(flight.host, ", process ", flight.pid) &&
+         absl::ParseTime(absl::RFC3339_full, process_and_time.second, &since, &error) && flight.start >= since;
 }
 
 // Where ranks leave their flights: beside the journal, so that whichever machine goes on with the job finds them.
@@ -90,9 +80,10 @@ std::string flights_of(const std::string& output) { return batch_directory(outpu
 
 // The flights of the run of that name; empty when it has left none.
 std::vector<Flight> flights_of_run(const RankOptions& options, const std::string& run) {
-  std::vector<std::string> directories = {options.flight_directory};
-  if (options.flight_directory.empty()) {
-    directories.clear();
+  std::vector<std::string> directories;
+  if (!options.flight_directory.empty()) {
+    directories.push_back(options.flight_directory);
+  } else {
     std::error_code error;
     std::filesystem::directory_iterator entry(options.flight_home, error), end;
     for (; !error && entry != end; entry.increment(error)) directories.push_back(entry->path());
@@ -259,7 +250,7 @@ class Batching final : public Leader {
                                       .shards = shard->second,
                                       .identity = identity_of(job, options_),
                                       .created = options_.created,
-                                      .writer = RunName::own().text(),
+                                      .writer = run_name(),
                                       .segment_bytes = options_.segment_bytes,
                                       .progress = [&](int64_t done, int64_t all) { progress.update(done, all); }});
     progress.clear();

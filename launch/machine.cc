@@ -1,6 +1,7 @@
 #include "launch/machine.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
@@ -167,6 +168,12 @@ absl::StatusOr<int64_t> available_memory(const MachineFiles& files) {
     }
   }
   return bytes;
+}
+
+std::string host_name() {
+  char name[256] = {};
+  gethostname(name, sizeof name - 1);
+  return name;
 }
 
 }  // namespace octet

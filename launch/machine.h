@@ -28,4 +28,7 @@ int cores_within_quota(int most, const MachineFiles& files = {});
 // nested) has less room. A cgroup's file cache counts as room. UNAVAILABLE when /proc/meminfo says nothing.
 absl::StatusOr<int64_t> available_memory(const MachineFiles& files = {});
 
+// The name under which other nodes reach this one.
+std::string host_name();
+
 }  // namespace octet

@@ -19,6 +19,7 @@
 #include "kernels/cuda/open_module.h"
 #include "launch/bootstrap.h"
 #include "launch/flight_directory.h"
+#include "launch/machine.h"
 #include "launch/progress.h"
 #include "launch/version.h"
 #include "worker/checkpoint/checkpoint.h"
@@ -33,13 +34,6 @@
 
 namespace octet {
 namespace {
-
-// The name under which other nodes reach this one.
-std::string host_name() {
-  char name[256] = {};
-  gethostname(name, sizeof name - 1);
-  return name;
-}
 
 // What a process that has failed may take to end its calls, and one that is done to say goodbye to the others.
 constexpr unsigned kSecondsToFail = 5, kSecondsToLeave = 30;
