@@ -5,7 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "tests/cuda_emulation/cuda_runtime.h"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/fp8.h"
 
 namespace octet {
 namespace {
@@ -43,6 +44,43 @@ TEST(CudaEmulation, NumbersThreadsAndBlocksInAllDimensions) {
     seen.insert(at);
   });
   EXPECT_EQ(seen.size(), 2u * 3 * 2 * 4 * 2 * 3);
+}
+
+// Rows of a and columns of b as mma.cuh spreads them over lanes; small whole numbers, so that sums are exact.
+TEST(CudaEmulation, MultipliesFragmentsAsTensorCoresDo) {
+  const auto a_at = [](int row, int k) { return (3 * row + 5 * k) % 7 - 3; };
+  const auto b_at = [](int k, int column) { return (2 * k + 11 * column) % 5 - 2; };
+  for (const int width : {2, 4}) {  // elements of a word: BF16, e4m3
+    const auto word = [&](const auto& at, int first_k) {
+      uint32_t bits = 0;
+      for (int i = 0; i < width; ++i) {
+        const auto value = static_cast<float>(at(first_k + i));
+        bits |= (width == 2 ? uint32_t{float_to_bf16(value)} : uint32_t{float_to_e4m3(value)}) << 32 / width * i;
+      }
+      return bits;
+    };
+    float product[16][8];
+    cuda_emulation::run_grid(1, 32, [&] {
+      const int group = static_cast<int>(threadIdx.x) / 4, in_group = static_cast<int>(threadIdx.x) % 4;
+      uint32_t a[4], b[2];
+      float c[4] = {1, 2, 3, 4};
+      for (int i = 0; i < 4; ++i) {
+        a[i] = word([&](int k) { return a_at(group + i % 2 * 8, k); }, i / 2 * 4 * width + in_group * width);
+      }
+      for (int i = 0; i < 2; ++i) {
+        b[i] = word([&](int k) { return b_at(k, group); }, i * 4 * width + in_group * width);
+      }
+      width == 2 ? cuda::mma_bf16(c, a, b) : cuda::mma_e4m3(c, a, b);
+      for (int i = 0; i < 4; ++i) product[group + i / 2 * 8][2 * in_group + i % 2] = c[i];
+    });
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 8; ++column) {
+        int expected = 1 + row / 8 * 2 + column % 2;
+        for (int k = 0; k < 8 * width; ++k) expected += a_at(row, k) * b_at(k, column);
+        ASSERT_EQ(product[row][column], static_cast<float>(expected)) << row << ", " << column;
+      }
+    }
+  }
 }
 
 TEST(CudaEmulation, ShufflesWithinAWarpAndItsSegments) {

@@ -1,5 +1,6 @@
 // Grids on fibers. A fiber lives from one block to the next: when a thread of a block has ended, its fiber waits to be
 // the same thread of the next block.
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <xmmintrin.h>
@@ -9,6 +10,7 @@
 #include <mutex>
 #include <vector>
 
+#include "kernels/fp8.h"
 #include "tests/cuda_emulation/cuda_runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -85,7 +87,11 @@ DeviceAccess::~DeviceAccess() { device_memory().close(); }
 
 namespace {
 
+using octet::bf16_to_float;
+using octet::e4m3_to_float;
+
 constexpr int kWarp = 32;
+constexpr size_t kMostBrought = 6;
 constexpr size_t kStackBytes = 128 << 10;
 constexpr unsigned kFlushDenormals = 0x8040;  // flush-to-zero and denormals-are-zero in MXCSR
 
@@ -97,13 +103,15 @@ constexpr unsigned kFlushDenormals = 0x8040;  // flush-to-zero and denormals-are
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it goes on
+  bool begun = false;
   void* stack = nullptr;
   dim3 index;
   State state = State::kDone;
-  unsigned lanes = 0;          // of the warp barrier at which it waits
-  uint32_t brought = 0;        // to a shuffle
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  unsigned lanes = 0;                   // of the warp barrier at which it waits
+  uint32_t brought[kMostBrought] = {};  // to an exchange
+  void* fake_stack = nullptr;           // AddressSanitizer's
 };
 
 // The blocks of one host thread.
@@ -236,33 +244,42 @@ class Machine {
     }
   }
 
+#if defined(__SANITIZE_ADDRESS__)
   void enter(Fiber& fiber) {
     running = &fiber;
     threadIdx = fiber.index;
-#if defined(__SANITIZE_ADDRESS__)
     void* fake_stack = nullptr;
     __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStackBytes);
     swapcontext(&scheduler_, &fiber.context);
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#else
-    swapcontext(&scheduler_, &fiber.context);
-#endif
   }
 
   void leave(Fiber& fiber) {
-#if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&fiber.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
     swapcontext(&fiber.context, &scheduler_);
     __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
-#else
-    swapcontext(&fiber.context, &scheduler_);
-#endif
   }
+#else
+  // swapcontext() asks the kernel for the signal mask each time; jumps between stacks that exist do not.
+  void enter(Fiber& fiber) {
+    running = &fiber;
+    threadIdx = fiber.index;
+    if (_setjmp(scheduler_place_) != 0) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+  }
+
+  void leave(Fiber& fiber) {
+    if (_setjmp(fiber.place) == 0) _longjmp(scheduler_place_, 1);
+  }
+#endif
 
   const std::function<void()>* kernel_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   size_t threads_ = 0;
   ucontext_t scheduler_;
+  jmp_buf scheduler_place_;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
   uint64_t turn_ = 1;
@@ -295,15 +312,60 @@ int lane() { return machine().lane(); }
 void block_barrier() { machine().wait(State::kAtBlockBarrier, 0); }
 void warp_barrier(unsigned lanes) { machine().wait(State::kAtWarpBarrier, lanes); }
 
+void bring(unsigned lanes, std::span<const uint32_t> words) {
+  if (words.size() > kMostBrought) undefined_on_a_gpu("an exchange of too many words");
+  std::copy(words.begin(), words.end(), machine().running->brought);
+  warp_barrier(lanes);
+}
+
+std::span<const uint32_t> brought_by(int lane) { return machine().neighbour(lane).brought; }
+
+// Nobody brings the next words before all have read these.
+void end_exchange(unsigned lanes) { warp_barrier(lanes); }
+
 uint32_t shuffle(unsigned lanes, uint32_t bits, int from) {
-  machine().running->brought = bits;
   if (from < 0 || from >= kWarp || (lanes >> from & 1) == 0) {
     undefined_on_a_gpu("a shuffle reads a lane that it does not name");
   }
-  warp_barrier(lanes);
-  const uint32_t result = machine().neighbour(from).brought;
-  warp_barrier(lanes);  // nobody brings the next bits before all have read these
+  bring(lanes, {&bits, 1});
+  const uint32_t result = brought_by(from)[0];
+  end_exchange(lanes);
   return result;
+}
+
+namespace {
+
+// Exact products, one rounding of the sum: what tensor cores come close to, in an order of their own.
+template <int kWords, typename Value>
+void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Value& value) {
+  constexpr unsigned kAll = 0xFFFFFFFF;
+  const uint32_t words[] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  bring(kAll, words);
+  const int group = lane() / 4, in_group = lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int column = 2 * in_group + i % 2, lower = i / 2;  // whether the row is in the lower half of a
+    double sum = c[i];
+    for (int t = 0; t < 4; ++t) {
+      const auto from_a = brought_by(4 * group + t), from_b = brought_by(4 * column + t);
+      for (int half = 0; half < 2; ++half) {
+        for (int k = 0; k < kWords; ++k) {
+          sum += double{value(from_a[2 * half + lower], k)} * double{value(from_b[4 + half], k)};
+        }
+      }
+    }
+    c[i] = static_cast<float>(sum);
+  }
+  end_exchange(kAll);
+}
+
+}  // namespace
+
+void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply<2>(c, a, b, [](uint32_t word, int k) { return bf16_to_float(static_cast<uint16_t>(word >> 16 * k)); });
+}
+
+void multiply_e4m3(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply<4>(c, a, b, [](uint32_t word, int k) { return e4m3_to_float(static_cast<uint8_t>(word >> 8 * k)); });
 }
 
 }  // namespace cuda_emulation

@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <span>
 
 #define __global__
 #define __device__
@@ -52,8 +53,15 @@ class DeviceAccess {
 void block_barrier();
 // Barrier of the named lanes of the calling thread's warp.
 void warp_barrier(unsigned lanes);
+// An exchange of the named lanes: each brings some words, reads what others brought, and ends it.
+void bring(unsigned lanes, std::span<const uint32_t> words);
+std::span<const uint32_t> brought_by(int lane);
+void end_exchange(unsigned lanes);
 // The bits that lane `from` of the warp brought to the same shuffle.
 uint32_t shuffle(unsigned lanes, uint32_t bits, int from);
+// A warp's tensor core, as kernels/cuda/mma.cuh says.
+void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+void multiply_e4m3(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 int lane();
 
 }  // namespace cuda_emulation
