@@ -35,6 +35,7 @@ struct ServerFacts {
   int32_t threads_per_rank = 1;
   std::string device;  // "cpu"
   std::string isa;     // "avx512"
+  bool reproducible = true;
 };
 
 }  // namespace octet

@@ -25,7 +25,7 @@ class Rank {
     if (options.cuda == nullptr) {
       stream_.emplace(options.stream);
     } else {
-      stream_.emplace(*options.cuda, 0, options.stream);
+      stream_.emplace(*options.cuda, 0, options.memory.arithmetic, options.stream);
       communicator_ = std::make_unique<StagedCommunicator>(std::move(communicator_), options.stream);
     }
     thread_ = std::thread([this, &checkpoint, options, limits] {
@@ -91,9 +91,9 @@ class Rank {
   std::thread thread_;
 };
 
-RankMap rank_map(const ShardSpec& any_shard, const std::vector<int>& pretend_nodes) {
+RankMap rank_map(const ShardSpec& any_shard, Arithmetic arithmetic, const std::vector<int>& pretend_nodes) {
   RankMap map;
-  for (int rank = 0; rank < any_shard.ranks(); ++rank) map.runs.push_back(any_shard.run_of(rank));
+  for (int rank = 0; rank < any_shard.ranks(); ++rank) map.runs.push_back(any_shard.leaves_of(rank, arithmetic));
   map.node_of_rank.assign(any_shard.ranks(), 0);
   int rank = 0;
   for (size_t node = 0; node < pretend_nodes.size(); ++node) {
@@ -127,7 +127,8 @@ absl::StatusOr<std::unique_ptr<ThreadWorkerGroup>> ThreadWorkerGroup::start(cons
   for (int rank = 0; rank < options.ranks; ++rank) {
     shards.push_back(*ShardSpec::make(checkpoint.config(), rank, options.ranks));
   }
-  auto communicators = make_thread_communicators(rank_map(shards.front(), options.pretend_nodes));
+  auto communicators =
+      make_thread_communicators(rank_map(shards.front(), options.memory.arithmetic, options.pretend_nodes));
   for (int rank = 0; rank < options.ranks; ++rank) {
     std::unique_ptr<Communicator> communicator = std::move(communicators[rank]);
     if (options.wrap_communicator) communicator = options.wrap_communicator(std::move(communicator));

@@ -22,7 +22,7 @@ struct ThreadGroupOptions {
   Stream::CpuOptions stream;                // of each rank
   const cuda::ModuleTable* cuda = nullptr;  // all ranks compute on its first device; null: on the CPU
   ActivationMode activations = ActivationMode::kBF16;
-  MemoryOptions memory;
+  MemoryOptions memory;         // its arithmetic is the ranks' own: kFast only with `cuda`
   int64_t available_bytes = 0;  // of each rank
   // Lets a test put something of its own between a rank and its peers. Empty: nothing.
   std::function<std::unique_ptr<Communicator>(std::unique_ptr<Communicator>)> wrap_communicator;

@@ -136,10 +136,12 @@ Stream::Stream(const CpuOptions& options)
       isa_(options.isa),
       backend_(&cpu::backend()) {}
 
-Stream::Stream(const cuda::ModuleTable& module, int device, const CpuOptions& host) : Stream(host) {
+Stream::Stream(const cuda::ModuleTable& module, int device, Arithmetic arithmetic, const CpuOptions& host)
+    : Stream(host) {
+  arithmetic_ = arithmetic;
   backend_ = module.backend;
   module_ = &module;
-  queue_ = module.open_queue(device);
+  queue_ = module.open_queue(device, arithmetic);
 }
 
 Stream::~Stream() {

@@ -57,6 +57,11 @@ Isa best_isa();
 // Whether this machine runs `isa`.
 bool runs_here(Isa isa);
 
+// Which order sums are made in. kReproducible: numerics' own, equal bits whatever the batch and however many ranks.
+// kFast: whatever is fastest, a library's order included, and sums over ranks instead of slices; rounding points hold
+// in both. The CPU back end only knows the former.
+enum class Arithmetic : uint8_t { kReproducible, kFast };
+
 // Only one thread at a time issues ops on a stream.
 class Stream {
  public:
@@ -67,12 +72,13 @@ class Stream {
   };
   explicit Stream(const CpuOptions& options);
   // On a device of an opened module that has passed check_device(); `host` is for what a step does on the host.
-  Stream(const cuda::ModuleTable& module, int device, const CpuOptions& host);
+  Stream(const cuda::ModuleTable& module, int device, Arithmetic arithmetic, const CpuOptions& host);
   ~Stream();
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
   Device device() const { return module_ == nullptr ? Device::kCpu : Device::kCuda; }
+  Arithmetic arithmetic() const { return arithmetic_; }
   // Waits until everything that was asked for is done.
   void synchronize();
 
@@ -89,6 +95,7 @@ class Stream {
   std::unique_ptr<cpu::ThreadPool> pool_;
   const cpu::KernelTable* kernels_;
   Isa isa_;
+  Arithmetic arithmetic_ = Arithmetic::kReproducible;
   const Backend* backend_;
   const cuda::ModuleTable* module_ = nullptr;
   cuda::Queue* queue_ = nullptr;

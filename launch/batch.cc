@@ -44,7 +44,7 @@ namespace {
 enum ExitStatus { kAllDone = 0, kDoneWithErrors = 3, kComeBack = 75, kRefused = 78 };
 
 struct BatchOptions {
-  RankOptions rank{.refused = kRefused, .lost = kComeBack};
+  RankOptions rank{.arithmetic = Arithmetic::kReproducible, .refused = kRefused, .lost = kComeBack};
   std::string input, output;
   std::string shard = "0/1";
   uint64_t seed = 0;
@@ -139,7 +139,7 @@ nlohmann::ordered_json identity_of(const Job& job, const BatchOptions& options) 
                                      {"checkpoint_digest", absl::StrFormat("%016x", job.checkpoint_digest)},
                                      {"text_digest", text_digest(options.rank.runtime.model)},
                                      {"numerics_id", job.facts.numerics_id},
-                                     {"reproducible", true},
+                                     {"reproducible", job.facts.reproducible},
                                      {"max_context", job.plan.limits.max_context},
                                      {"seed", options.seed}};
   const auto add = [&](const char* name, const auto& value) {

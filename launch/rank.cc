@@ -93,7 +93,10 @@ class Rank {
   }
 
   bool leads() const { return bootstrap_.rank() == 0; }
-  std::string family() const { return gpu_ ? family_of(*gpu_) : family_of(options_.runtime.isa); }
+  std::string family() const {
+    return gpu_ ? family_of(*gpu_, arithmetic(), bootstrap_.size()) : family_of(options_.runtime.isa);
+  }
+  Arithmetic arithmetic() const { return gpu_ ? options_.arithmetic : Arithmetic::kReproducible; }
 
   // The last resort: a rank inside a collective whose peers are gone never comes back, so its process ends here.
   [[noreturn]] void end_process(const absl::Status& cause) const {
@@ -195,6 +198,7 @@ class Rank {
     }
     MemoryOptions options = options_.runtime.memory;
     options.window_bytes = 2 * kDefaultAreaBytes;
+    options.arithmetic = arithmetic();
     absl::StatusOr<MemoryPlan> plan = plan_memory(weight_formats(*checkpoint_), options, ranks);
     if (!plan.ok()) return plan.status();
     plan_ = *std::move(plan);
@@ -221,7 +225,8 @@ class Rank {
                       .ranks = bootstrap_.size(),
                       .threads_per_rank = threads_,
                       .device = gpu_ ? "cuda" : "cpu",
-                      .isa = name_of(options_.runtime.isa)},
+                      .isa = name_of(options_.runtime.isa),
+                      .reproducible = arithmetic() == Arithmetic::kReproducible},
             .plan = *plan_,
             .config = checkpoint_->config(),
             .checkpoint_digest = checkpoint_->digest(),
@@ -238,10 +243,12 @@ class Rank {
     if (module_ == nullptr) {
       stream_.emplace(host);
     } else {
-      stream_.emplace(*module_, bootstrap_.local_rank(), host);
+      stream_.emplace(*module_, bootstrap_.local_rank(), arithmetic(), host);
     }
     MpiCommunicatorOptions window{.wait = {.spin = spin}};
-    for (int rank = 0; rank < bootstrap_.size(); ++rank) window.map.runs.push_back(shard_->run_of(rank));
+    for (int rank = 0; rank < bootstrap_.size(); ++rank) {
+      window.map.runs.push_back(shard_->leaves_of(rank, arithmetic()));
+    }
     window.map.node_of_rank = bootstrap_.node_of_rank();
     absl::StatusOr<std::unique_ptr<Communicator>> communicator = make_mpi_communicator(window);
     if (!communicator.ok()) return communicator.status();
@@ -366,6 +373,19 @@ void add_rank_options(CLI::App& command, RankOptions* options) {
           [options](const std::string& name) { options->device = name == "cuda" ? Device::kCuda : Device::kCpu; },
           "What ranks compute on: cpu, or cuda, for each a GPU of its own [cpu: it starts everywhere]")
       ->check(CLI::IsMember({"cpu", "cuda"}));
+  const auto set = [options](Arithmetic arithmetic) {
+    return [options, arithmetic](int64_t) { options->arithmetic = arithmetic; };
+  };
+  const bool fast = options->arithmetic == Arithmetic::kFast;
+  CLI::Option* const reproducible = command.add_flag_function(
+      "--reproducible", set(Arithmetic::kReproducible),
+      absl::StrCat("On GPUs: the same bits whatever runs beside and on any number of ranks, as on CPUs always, at the ",
+                   "price of speed", fast ? "" : " [so it is]"));
+  command
+      .add_flag_function("--fast", set(Arithmetic::kFast),
+                         absl::StrCat("On GPUs: the fastest kernels and libraries; bits may depend on what runs beside",
+                                      fast ? " [so it is]" : ""))
+      ->excludes(reproducible);
   command
       .add_option_function<std::string>(
           "--log-format",

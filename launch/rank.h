@@ -26,6 +26,7 @@ namespace octet {
 struct RankOptions {
   RuntimeOptions runtime;
   Device device = Device::kCpu;
+  Arithmetic arithmetic = Arithmetic::kFast;  // of GPUs, CPUs are always reproducible
   std::string pretend_nodes;
   LogFormat log_format = LogFormat::kText;
   std::string flight_directory;         // where the ranks leave their flights; empty: one of the job's in flight_home

@@ -77,7 +77,7 @@ std::vector<Owned> results_of(const Operation& operation, Stream& stream) {
 // Runs `operation` on both back ends; what it returns must have the same bits.
 void expect_same_on_both(const std::string& what, const Operation& operation) {
   Stream cpu({.threads = 1, .isa = best_isa(), .spin = false});
-  Stream cuda(module(), 0, kHost);
+  Stream cuda(module(), 0, Arithmetic::kReproducible, kHost);
   const std::vector<Owned> expected = results_of(operation, cpu), actual = results_of(operation, cuda);
   ASSERT_EQ(actual.size(), expected.size());
   for (size_t i = 0; i < actual.size(); ++i) {
@@ -348,7 +348,7 @@ TEST(CudaQueue, TakesArgumentsOfAnySize) {
 }
 
 TEST(CudaBuffers, AreZeroedAndRefusedBeyondTheDevicesMemory) {
-  Stream stream(module(), 0, kHost);
+  Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
   Place place(stream);
   const Tensor there = place.zeros(DType::kF32, {1001});
   EXPECT_EQ(there.device(), Device::kCuda);
@@ -361,7 +361,7 @@ TEST(CudaBuffers, AreZeroedAndRefusedBeyondTheDevicesMemory) {
 
 #if !defined(__SANITIZE_ADDRESS__)
 TEST(CudaEmulationDeathTest, KeepsTheHostFromDeviceMemory) {
-  Stream stream(module(), 0, kHost);
+  Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
   Place place(stream);
   const Tensor there = place.zeros(DType::kF32, {10});
   EXPECT_DEATH(static_cast<volatile float*>(there.data())[0] = 1.0f, "");
@@ -370,7 +370,7 @@ TEST(CudaEmulationDeathTest, KeepsTheHostFromDeviceMemory) {
 
 TEST(CudaOpsDeathTest, RefuseATensorOfTheOtherMemory) {
   Random random(14);
-  Stream stream(module(), 0, kHost);
+  Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
   const Owned x = random.bf16({2, 8}), weight = random.f32({8});
   EXPECT_DEATH(rms_norm(stream, x, weight, 1e-5f, x), "x lies on the CPU, the stream computes on the CUDA device");
 }

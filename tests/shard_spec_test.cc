@@ -44,10 +44,10 @@ TEST(ShardSpec, EveryRangeIsCoveredOnceByAnyNumberOfRanks) {
       EXPECT_EQ(shard.ffn().begin, ffn);
       EXPECT_EQ(shard.vocab().begin, vocab);
       EXPECT_LE(std::abs(shard.run().count - 8 / ranks), 1);
-      EXPECT_EQ(shard.ffn_column_ends().back(), shard.ffn().size());
+      EXPECT_EQ(shard.ffn_column_ends(Arithmetic::kReproducible).back(), shard.ffn().size());
       EXPECT_EQ(shard.vocab_ends().back(), shard.vocab().size());
-      EXPECT_EQ(shard.query_column_ends().back(), shard.query_rows().size());
-      for (int64_t end : shard.ffn_column_ends()) EXPECT_EQ(end % 2, 0);
+      EXPECT_EQ(shard.query_column_ends(Arithmetic::kReproducible).back(), shard.query_rows().size());
+      for (int64_t end : shard.ffn_column_ends(Arithmetic::kReproducible)) EXPECT_EQ(end % 2, 0);
       slices += shard.run().count;
       query = shard.query_rows().end;
       kv = shard.kv_rows().end;
@@ -69,7 +69,8 @@ TEST(ShardSpec, SliceBoundsDoNotDependOnTheNumberOfRanks) {
   for (int rank = 0; rank < 3; ++rank) {
     const ShardSpec shard = *ShardSpec::make(config, rank, 3);
     for (int i = 0; i < shard.run().count; ++i) {
-      EXPECT_EQ(shard.ffn().begin + shard.ffn_column_ends()[i], alone.ffn_column_ends()[shard.run().first + i]);
+      EXPECT_EQ(shard.ffn().begin + shard.ffn_column_ends(Arithmetic::kReproducible)[i],
+                alone.ffn_column_ends(Arithmetic::kReproducible)[shard.run().first + i]);
     }
   }
 }
@@ -85,6 +86,15 @@ TEST(ShardSpec, RefusesDimensionsTooSmallToCut) {
   ModelConfig config = llama_405b();
   config.vocab_size = 14;
   EXPECT_FALSE(ShardSpec::make(config, 0, 1).ok());
+}
+
+TEST(ShardSpec, MakesOneLeafOfARankInFastArithmetic) {
+  const ShardSpec shard = *ShardSpec::make(llama_405b(), 1, 3);
+  const SliceRun slices = shard.leaves(Arithmetic::kReproducible), whole = shard.leaves(Arithmetic::kFast);
+  EXPECT_EQ(std::tuple(slices.first, slices.count, slices.total), std::tuple(3, 3, 8));
+  EXPECT_EQ(std::tuple(whole.first, whole.count, whole.total), std::tuple(1, 1, 3));
+  EXPECT_EQ(shard.ffn_column_ends(Arithmetic::kFast), std::vector<int64_t>{shard.ffn().size()});
+  EXPECT_EQ(shard.query_column_ends(Arithmetic::kFast), std::vector<int64_t>{shard.query_rows().size()});
 }
 
 }  // namespace

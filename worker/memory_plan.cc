@@ -39,8 +39,8 @@ absl::StatusOr<RankBytes> bytes_without_cache(const WeightFormats& formats, cons
   const absl::StatusOr<ShardSpec> shard = ShardSpec::make(config, rank, ranks);
   if (!shard.ok()) return shard.status();
   const auto scratch = [&] {
-    return StepScratch::bytes(config, *shard, options.max_step_tokens) + threads * Sampler::bytes(config.vocab_size) +
-           options.window_bytes;
+    return StepScratch::bytes(config, *shard, options.arithmetic, options.max_step_tokens) +
+           threads * Sampler::bytes(config.vocab_size) + options.window_bytes;
   };
   return RankBytes{.weights = ModelWeights::plan(formats, *shard),
                    .scratch = options.reserve_bytes ? *options.reserve_bytes : scratch()};

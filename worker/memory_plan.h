@@ -22,7 +22,8 @@ struct MemoryOptions {
   int32_t max_sequences = 64;          // slots
   int32_t max_step_tokens = 512;
   int64_t default_contexts = kDefaultContexts;
-  int64_t window_bytes = 0;    // this rank's part of the collective window
+  int64_t window_bytes = 0;                           // this rank's part of the collective window
+  Arithmetic arithmetic = Arithmetic::kReproducible;  // how many partial results the sums over ranks take
   double usable_share = 0.92;  // of the memory that is available; the rest is for the operating system, MPI and gRPC
   // Stands for the scratch of a rank whose scratch is not counted byte by byte.
   std::optional<int64_t> reserve_bytes;

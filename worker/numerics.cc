@@ -7,7 +7,10 @@ namespace octet {
 // The instruction families with fused multiply-add agree to the bit; the portable build's compiler is not asked to.
 std::string family_of(Isa isa) { return isa == Isa::kPortable ? "cpu-portable" : "cpu-fma"; }
 
-std::string family_of(const cuda::DeviceFacts& gpu) { return absl::StrFormat("cuda-%d.%d", gpu.major, gpu.minor); }
+std::string family_of(const cuda::DeviceFacts& gpu, Arithmetic arithmetic, int ranks) {
+  const std::string family = absl::StrFormat("cuda-%d.%d", gpu.major, gpu.minor);
+  return arithmetic == Arithmetic::kFast ? absl::StrFormat("%s-fast-ranks%d", family, ranks) : family;
+}
 
 std::string numerics_id(const ModelConfig& config, const std::string& family, ActivationMode activations) {
   return absl::StrFormat("octet%d-%s-slices%d-%s-kvbf16", kArithmeticVersion, family, config.num_key_value_heads,

@@ -32,7 +32,7 @@ DeviceFacts device_facts(int device) {
   return facts;
 }
 
-Queue* open_queue(int device) { return new Queue(device); }
+Queue* open_queue(int device, Arithmetic arithmetic) { return new Queue(device, arithmetic); }
 void close_queue(Queue* queue) { delete queue; }
 void synchronize(Queue* queue) { queue->synchronize(); }
 

@@ -10,7 +10,7 @@
 namespace octet::cuda {
 
 // Raised by every change to ModuleTable, to Backend, or to a type that either names.
-constexpr uint32_t kModuleAbi = 1;
+constexpr uint32_t kModuleAbi = 2;
 
 // An ordered queue of work on one device, and the memory its arguments travel through. The module's own.
 class Queue;
@@ -28,7 +28,7 @@ struct ModuleTable {
   int (*device_count)(const char** why);
   // REQUIRES: device < device_count().
   DeviceFacts (*device_facts)(int device);
-  Queue* (*open_queue)(int device);
+  Queue* (*open_queue)(int device, Arithmetic arithmetic);
   void (*close_queue)(Queue* queue);
   // Waits until all work of the queue is done.
   void (*synchronize)(Queue* queue);

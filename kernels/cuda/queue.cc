@@ -19,7 +19,7 @@ void check(cudaError_t error, const char* what) {
   OCTET_CHECK(error == cudaSuccess, std::string("CUDA, ") + what + ": " + cudaGetErrorString(error));
 }
 
-Queue::Queue(int device) : device_(device) {
+Queue::Queue(int device, Arithmetic arithmetic) : device_(device), arithmetic_(arithmetic) {
   check(cudaSetDevice(device), "choosing the device");
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "opening a stream");
   uploads_ = make_uploads(kFirstUploads);

@@ -20,12 +20,13 @@ void check(cudaError_t error, const char* what);
 // Only one thread at a time calls these, not always the same one.
 class Queue {
  public:
-  explicit Queue(int device);
+  Queue(int device, Arithmetic arithmetic);
   ~Queue();
   Queue(const Queue&) = delete;
   Queue& operator=(const Queue&) = delete;
 
   int device() const { return device_; }
+  Arithmetic arithmetic() const { return arithmetic_; }
   cudaStream_t stream() const { return stream_; }
   void synchronize();
 
@@ -63,6 +64,7 @@ class Queue {
   void* upload_bytes(const void* values, int64_t bytes);
 
   const int device_;
+  const Arithmetic arithmetic_;
   cudaStream_t stream_ = nullptr;
   // Filled from the front; begun anew, when the queue was waited for, at the first op that finds it half full.
   Uploads uploads_;

@@ -15,7 +15,8 @@
 
 namespace octet {
 
-// Which slices each rank owns and which node it is on; the same on every rank. Ranks of a node need not be neighbours.
+// Which slices (or other leaves of a sum) each rank owns and which node it is on; the same on every rank. Ranks of a
+// node need not be neighbours.
 struct RankMap {
   std::vector<SliceRun> runs;     // of rank r; together they are all slices, in rank order
   std::vector<int> node_of_rank;  // numbered 0..nodes-1

@@ -58,6 +58,10 @@ Range ShardSpec::slice_of(int64_t n, int first, int count) const {
   return {bound_before(n, first, slices_), bound_before(n, first + count, slices_)};
 }
 
+SliceRun ShardSpec::leaves_of(int rank, Arithmetic arithmetic) const {
+  return arithmetic == Arithmetic::kFast ? SliceRun{rank, 1, ranks_} : run_of(rank);
+}
+
 Range ShardSpec::query_rows() const {
   const int64_t per_slice = heads_per_slice_ * head_dim_;
   return {run().first * per_slice, (run().first + run().count) * per_slice};
@@ -76,10 +80,14 @@ std::vector<int64_t> ShardSpec::ends_of(int64_t n) const {
   return ends;
 }
 
-std::vector<int64_t> ShardSpec::query_column_ends() const {
+std::vector<int64_t> ShardSpec::query_column_ends(Arithmetic arithmetic) const {
+  if (arithmetic == Arithmetic::kFast) return {query_rows().size()};
   return ends_of(int64_t{slices_} * heads_per_slice_ * head_dim_);
 }
-std::vector<int64_t> ShardSpec::ffn_column_ends() const { return ends_of(intermediate_size_); }
+std::vector<int64_t> ShardSpec::ffn_column_ends(Arithmetic arithmetic) const {
+  if (arithmetic == Arithmetic::kFast) return {ffn().size()};
+  return ends_of(intermediate_size_);
+}
 std::vector<int64_t> ShardSpec::vocab_ends() const { return ends_of(vocab_size_); }
 
 }  // namespace octet

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kernels/memory.h"
 #include "kernels/slice_tree.h"
 #include "worker/model/model_config.h"
 
@@ -33,6 +34,11 @@ class ShardSpec {
   SliceRun run() const { return run_of(rank_); }
   SliceRun run_of(int rank) const;
 
+  // What this rank, or another, brings to the sums over ranks: a leaf for each of its slices, or in fast arithmetic one
+  // for all that it has.
+  SliceRun leaves(Arithmetic arithmetic) const { return leaves_of(rank_, arithmetic); }
+  SliceRun leaves_of(int rank, Arithmetic arithmetic) const;
+
   int64_t heads() const;     // query heads here
   int64_t kv_heads() const;  // KV heads here
 
@@ -45,10 +51,11 @@ class ShardSpec {
   Range vocab() const { return vocab_of(rank_); }
   Range vocab_of(int rank) const;
 
-  // Where each of this rank's slices ends, counted from the rank's own first column: of o_proj, down_proj, the
-  // vocabulary.
-  std::vector<int64_t> query_column_ends() const;
-  std::vector<int64_t> ffn_column_ends() const;
+  // Where the columns of each of this rank's leaves end, counted from the rank's own first one: of o_proj, of
+  // down_proj.
+  std::vector<int64_t> query_column_ends(Arithmetic arithmetic) const;
+  std::vector<int64_t> ffn_column_ends(Arithmetic arithmetic) const;
+  // Likewise of the vocabulary, always slice by slice.
   std::vector<int64_t> vocab_ends() const;
 
  private:

@@ -39,10 +39,12 @@ SoftmaxPart part_of(const SliceNode& node, int slices, const Leaf& leaf) {
 
 }  // namespace
 
-StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
+StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic,
+                                               int64_t max_tokens) {
   const int64_t t = max_tokens, hidden = config.hidden_size;
   const int64_t q = shard.query_rows().size(), kv = shard.kv_rows().size(), ffn = shard.ffn().size();
-  const int64_t subtrees = static_cast<int64_t>(maximal_subtrees(shard.run()).size());
+  const SliceRun leaves = shard.leaves(arithmetic);
+  const int64_t subtrees = static_cast<int64_t>(maximal_subtrees(leaves).size());
   const int64_t slices_here = shard.run().count, vocab_here = shard.vocab().size();
   auto f32 = [](Shape shape) { return Tensor(nullptr, DType::kF32, shape); };
   auto bf16 = [](Shape shape) { return Tensor(nullptr, DType::kBF16, shape); };
@@ -59,7 +61,7 @@ StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const 
           {&gated, bf16({t, ffn})},
           {&partials, f32({subtrees, t, hidden})},
           {&codes, Tensor(nullptr, DType::kF8E4M3, {t, std::max({hidden, q, ffn})})},
-          {&code_scales, f32({t, slices_here})},
+          {&code_scales, f32({t, leaves.count})},
           {&last_rows, bf16({kLogitRows, hidden})},
           {&last_normed, bf16({kLogitRows, hidden})},
           {&logits_here, f32({kLogitRows, vocab_here})},
@@ -82,9 +84,10 @@ int64_t StepScratch::bytes(const Layout& layout) {
   return bytes;
 }
 
-int64_t StepScratch::bytes(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
+int64_t StepScratch::bytes(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic,
+                           int64_t max_tokens) {
   StepScratch unplaced;
-  return bytes(unplaced.device_layout(config, shard, max_tokens)) +
+  return bytes(unplaced.device_layout(config, shard, arithmetic, max_tokens)) +
          bytes(unplaced.host_layout(config, shard, max_tokens));
 }
 
@@ -97,7 +100,8 @@ void StepScratch::place(const Layout& layout, const Buffer& memory, Device devic
 }
 
 StepScratch::StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
-  const Layout on_device = device_layout(config, shard, max_tokens), on_host = host_layout(config, shard, max_tokens);
+  const Layout on_device = device_layout(config, shard, stream.arithmetic(), max_tokens);
+  const Layout on_host = host_layout(config, shard, max_tokens);
   device_memory_ = Buffer(bytes(on_device), stream);
   host_memory_ = Buffer(bytes(on_host));
   place(on_device, device_memory_, stream.device());
@@ -114,8 +118,8 @@ Transformer::Transformer(Stream& stream, Communicator& communicator, const Model
       scratch_(stream, config, shard, max_tokens),
       inv_freq_memory_(config.head_dim / 2 * int64_t{sizeof(float)}, stream),
       inv_freq_(inv_freq_memory_.tensor(DType::kF32, {config.head_dim / 2})),
-      query_column_ends_(shard.query_column_ends()),
-      ffn_column_ends_(shard.ffn_column_ends()),
+      query_column_ends_(shard.query_column_ends(stream.arithmetic())),
+      ffn_column_ends_(shard.ffn_column_ends(stream.arithmetic())),
       vocab_ends_(shard.vocab_ends()) {
   std::vector<float> frequencies = rope_inverse_frequencies(config);
   copy(stream, Tensor(frequencies.data(), DType::kF32, inv_freq_.shape()), inv_freq_);
@@ -219,8 +223,8 @@ void Transformer::project(const Tensor& x, std::span<const LinearOutput> outputs
 
 void Transformer::project_and_reduce(const Tensor& x, const Linear& weight, std::span<const int64_t> column_ends) {
   const Tensor partials = front(scratch_.partials, {scratch_.partials.dim(0), tokens_, config_.hidden_size});
-  linear_over_slices(stream_, quantized(x, weight.activations, column_ends), weight, shard_.run(), column_ends,
-                     partials);
+  linear_over_slices(stream_, quantized(x, weight.activations, column_ends), weight,
+                     shard_.leaves(stream_.arithmetic()), column_ends, partials);
   communicator_.reduce_over_slices(stream_, partials, scratch_.residual.rows(0, tokens_));
 }
 

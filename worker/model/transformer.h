@@ -23,7 +23,7 @@ constexpr int64_t kLogitRows = 16;
 // One rank's scratch of a step, allocated once. Comments give shapes for T = max_tokens; a step uses the first rows.
 struct StepScratch {
   // Bytes that the constructor allocates.
-  static int64_t bytes(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+  static int64_t bytes(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic, int64_t max_tokens);
   // Where `stream`, which outlives it, computes; what the ranks gather is on the host.
   StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
 
@@ -39,7 +39,7 @@ struct StepScratch {
   Tensor gated;        // [T, ffn columns here] BF16
   Tensor partials;     // [subtrees, T, hidden] F32
   Tensor codes;        // [T, widest input of a linear layer] F8_E4M3
-  Tensor code_scales;  // [T, slices here] F32
+  Tensor code_scales;  // [T, leaves here] F32
   Tensor last_rows;    // [kLogitRows, hidden] BF16
   Tensor last_normed;  // [kLogitRows, hidden] BF16
   Tensor logits_here;  // [kLogitRows, vocabulary here] F32
@@ -53,7 +53,7 @@ struct StepScratch {
  private:
   // Each member with its shape.
   using Layout = std::vector<std::pair<Tensor*, Tensor>>;
-  Layout device_layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+  Layout device_layout(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic, int64_t max_tokens);
   Layout host_layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
   static int64_t bytes(const Layout& layout);
   static void place(const Layout& layout, const Buffer& memory, Device device);
