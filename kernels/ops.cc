@@ -63,6 +63,19 @@ void check_activations(Device device, const Activations& x, int64_t groups, int6
   if (codes) check_tensor(device, "x.scales", x.scales, DType::kF32, {x.values.dim(0), groups});
 }
 
+// `out` is what quantize() would make of x, a BF16 tensor, or x itself where `scheme` says so.
+void check_quantized(Device device, const Tensor& x, const ActivationScheme& scheme, int64_t groups,
+                     const Activations& out) {
+  check_rank("x", x, 2);
+  check_tensor(device, "x", x, DType::kBF16, x.shape());
+  if (scheme.kind == ActivationScheme::Kind::kNone) {
+    OCTET_CHECK(out.values.data() == x.data() && out.scales.empty(), "BF16 inputs are the tensor itself");
+    return;
+  }
+  check_tensor(device, "out.values", out.values, DType::kF8E4M3, x.shape());
+  check_tensor(device, "out.scales", out.scales, DType::kF32, {x.dim(0), groups});
+}
+
 int64_t kv_heads_of(Device device, const KvLayer& cache, int64_t head_dim) {
   check_rank("cache.values", cache.values, 4);
   const int64_t blocks = cache.values.dim(0);
@@ -139,12 +152,9 @@ void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linea
 void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
               const Activations& out) {
   const Device device = stream.device();
-  check_rank("x", x, 2);
-  check_tensor(device, "x", x, DType::kBF16, x.shape());
-  check_groups(group_ends, x.dim(1));
-  check_tensor(device, "out.values", out.values, DType::kF8E4M3, x.shape());
-  check_tensor(device, "out.scales", out.scales, DType::kF32, {x.dim(0), static_cast<int64_t>(group_ends.size())});
   OCTET_CHECK(scheme.kind != ActivationScheme::Kind::kNone, "nothing to quantise to");
+  check_quantized(device, x, scheme, static_cast<int64_t>(group_ends.size()), out);
+  check_groups(group_ends, x.dim(1));
   const cpu::FlushDenormals flush;
   stream.backend().quantize(stream, x, scheme, group_ends, out);
 }
@@ -227,6 +237,29 @@ void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor
   check_tensor(device, "out", out, DType::kBF16, gate.shape());
   const cpu::FlushDenormals flush;
   stream.backend().silu_mul(stream, gate, up, out);
+}
+
+void rms_norm_and_quantize(Stream& stream, const Tensor& x, const NormedInput& next) {
+  const Device device = stream.device();
+  check_rank("x", x, 2);
+  check_tensor(device, "x", x, DType::kBF16, x.shape());
+  check_tensor(device, "weight", next.weight, DType::kF32, {x.dim(1)});
+  check_tensor(device, "normed", next.normed, DType::kBF16, x.shape());
+  check_quantized(device, next.normed, next.scheme, 1, next.out);
+  const cpu::FlushDenormals flush;
+  stream.backend().rms_norm_and_quantize(stream, x, next);
+}
+
+void silu_mul_and_quantize(Stream& stream, const Tensor& gate, const Tensor& up, const ActivationScheme& scheme,
+                           std::span<const int64_t> group_ends, const Tensor& gated, const Activations& out) {
+  const Device device = stream.device();
+  check_quantized(device, gated, scheme, static_cast<int64_t>(group_ends.size()), out);
+  if (scheme.kind == ActivationScheme::Kind::kNone) return silu_mul(stream, gate, up, gated);
+  check_tensor(device, "gate", gate, DType::kF32, gated.shape());
+  check_tensor(device, "up", up, DType::kF32, gated.shape());
+  check_groups(group_ends, gate.dim(1));
+  const cpu::FlushDenormals flush;
+  stream.backend().silu_mul_and_quantize(stream, gate, up, scheme, group_ends, gated, out);
 }
 
 void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin) {

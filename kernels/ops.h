@@ -99,6 +99,24 @@ void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, 
 // out = bf16(silu(gate) * up), silu(v) = v / (1 + exp(-v)). gate, up [tokens, n] F32, out [tokens, n] BF16.
 void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor& out);
 
+// What the linear layers after the residual stream read.
+struct NormedInput {
+  Tensor weight;  // of the norm, [n] F32
+  float eps = 0;
+  ActivationScheme scheme;  // of those layers
+  Tensor normed;            // [tokens, n] BF16: the result where nothing is quantised, else scratch
+  Activations out;          // [tokens, n], one scale group: codes; where nothing is quantised a view of `normed`
+};
+
+// rms_norm(), then quantize() of the whole row where there is something to quantise to; in fast arithmetic one kernel,
+// whose sum of squares has an order of its own. x [tokens, n] BF16.
+void rms_norm_and_quantize(Stream& stream, const Tensor& x, const NormedInput& next);
+
+// silu_mul(), then quantize() where there is something to quantise to, with the same bits. gated [tokens, n] BF16 is
+// the result where nothing is quantised, else scratch; out as in NormedInput, with the groups of group_ends.
+void silu_mul_and_quantize(Stream& stream, const Tensor& gate, const Tensor& up, const ActivationScheme& scheme,
+                           std::span<const int64_t> group_ends, const Tensor& gated, const Activations& out);
+
 // ---- Attention over the paged cache
 
 constexpr int64_t kKvBlockTokens = 16;    // positions in a cache block

@@ -248,6 +248,93 @@ TEST(CudaSiluMul, HasTheCpusBitsOverTheWholeRange) {
   });
 }
 
+const ActivationScheme kSchemes[] = {{.kind = ActivationScheme::Kind::kNone},
+                                     {.kind = ActivationScheme::Kind::kDynamicPerToken},
+                                     {.kind = ActivationScheme::Kind::kDynamicPerToken, .upper_bound = 0.7f},
+                                     {.kind = ActivationScheme::Kind::kStatic, .scale = 0.013f}};
+
+// Room for x quantised so, or x itself.
+Activations room_for(Place& place, const Tensor& x, const ActivationScheme& scheme, int64_t groups) {
+  if (scheme.kind == ActivationScheme::Kind::kNone) return {x, {}};
+  return {place.zeros(DType::kF8E4M3, x.shape()), place.zeros(DType::kF32, {x.dim(0), groups})};
+}
+
+std::vector<Tensor> parts_of(const Activations& x) {
+  return x.scales.empty() ? std::vector<Tensor>{x.values} : std::vector<Tensor>{x.values, x.scales};
+}
+
+Operation norm_and_quantize(const Owned& x, const Owned& weight, const ActivationScheme& scheme) {
+  return [&](Place& place) {
+    const Tensor normed = place.zeros(DType::kBF16, x.tensor.shape());
+    const NormedInput next = {.weight = place.put(weight),
+                              .eps = 1e-5f,
+                              .scheme = scheme,
+                              .normed = normed,
+                              .out = room_for(place, normed, scheme, 1)};
+    rms_norm_and_quantize(place.stream, place.put(x), next);
+    return parts_of(next.out);
+  };
+}
+
+TEST(CudaNormAndQuantize, HasTheCpusBits) {
+  Random random(15);
+  for (const int64_t n : {2, 576, 2049}) {
+    const Owned x = random.bf16({3, n}), weight = random.f32({n});
+    for (const ActivationScheme& scheme : kSchemes) {
+      expect_same_on_both("norm and quantize " + std::to_string(n), norm_and_quantize(x, weight, scheme));
+    }
+  }
+}
+
+// The sum of n squares has another order in fast arithmetic: its relative error is at most n 2^-24, that of the factor
+// half of it, so a value differs by one step of BF16 at most, and a code then by one of e4m3, where it was near a
+// border.
+TEST(CudaNormAndQuantize, IsNearTheReproducibleResultInFastArithmetic) {
+  Random random(16);
+  for (const int64_t n : {8, 576, 8200, 32768}) {
+    const Owned x = random.bf16({3, n}), weight = random.f32({n});
+    for (const ActivationScheme& scheme : kSchemes) {
+      Stream slow(module(), 0, Arithmetic::kReproducible, kHost), fast(module(), 0, Arithmetic::kFast, kHost);
+      const Operation operation = norm_and_quantize(x, weight, scheme);
+      const std::vector<Owned> expected = results_of(operation, slow), actual = results_of(operation, fast);
+      const bool codes = scheme.kind != ActivationScheme::Kind::kNone;
+      int64_t different = 0;
+      for (int64_t i = 0; i < 3 * n; ++i) {
+        const int difference = codes ? actual[0].tensor.as<uint8_t>()[i] - expected[0].tensor.as<uint8_t>()[i]
+                                     : actual[0].tensor.as<uint16_t>()[i] - expected[0].tensor.as<uint16_t>()[i];
+        ASSERT_LE(std::abs(difference), 1) << n << ", element " << i;
+        different += difference != 0;
+      }
+      EXPECT_LE(different, 3 * n / 20) << n;
+      for (int64_t i = 0; codes && i < 3; ++i) {
+        const float scale = expected[1].tensor.as<float>()[i];
+        EXPECT_NEAR(actual[1].tensor.as<float>()[i], scale, scale / 128) << n;
+      }
+    }
+  }
+}
+
+TEST(CudaSiluAndQuantize, HasTheCpusBitsInBothArithmetics) {
+  Random random(17);
+  Owned gate = random.f32({3, 1002}, 10.0f), up = random.f32({3, 1002});
+  up.tensor.as<float>()[5] = kInf;
+  for (const ActivationScheme& scheme : kSchemes) {
+    for (const std::vector<int64_t>& ends : {std::vector<int64_t>{1002}, std::vector<int64_t>{2, 500, 1002}}) {
+      const Operation operation = [&](Place& place) {
+        const Tensor gated = place.zeros(DType::kBF16, {3, 1002});
+        const Activations out = room_for(place, gated, scheme, static_cast<int64_t>(ends.size()));
+        silu_mul_and_quantize(place.stream, place.put(gate), place.put(up), scheme, ends, gated, out);
+        return parts_of(out);
+      };
+      expect_same_on_both("silu and quantize", operation);
+      Stream cpu({.threads = 1, .isa = best_isa(), .spin = false});
+      Stream fast(module(), 0, Arithmetic::kFast, kHost);
+      const std::vector<Owned> expected = results_of(operation, cpu), actual = results_of(operation, fast);
+      for (size_t i = 0; i < expected.size(); ++i) expect_same_bits(actual[i], expected[i], "in fast arithmetic");
+    }
+  }
+}
+
 TEST(CudaCopies, HaveTheCpusBits) {
   Random random(8);
   const Owned table = random.bf16({11, 301});

@@ -15,6 +15,8 @@ const Backend& backend() {
                                        .copy_rows = copy_rows,
                                        .rms_norm = rms_norm,
                                        .silu_mul = silu_mul,
+                                       .rms_norm_and_quantize = rms_norm_and_quantize,
+                                       .silu_mul_and_quantize = silu_mul_and_quantize,
                                        .rope_angles = rope_angles,
                                        .rope_and_cache = rope_and_cache,
                                        .attention = attention,

@@ -109,6 +109,20 @@ void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor
   });
 }
 
+// A row that was just written is still in the cache when it is read: nothing to gain from one pass.
+void rms_norm_and_quantize(Stream& stream, const Tensor& x, const NormedInput& next) {
+  cpu::rms_norm(stream, x, next.weight, next.eps, next.normed);
+  const int64_t whole[] = {x.dim(1)};
+  if (next.scheme.kind != ActivationScheme::Kind::kNone)
+    cpu::quantize(stream, next.normed, next.scheme, whole, next.out);
+}
+
+void silu_mul_and_quantize(Stream& stream, const Tensor& gate, const Tensor& up, const ActivationScheme& scheme,
+                           std::span<const int64_t> group_ends, const Tensor& gated, const Activations& out) {
+  cpu::silu_mul(stream, gate, up, gated);
+  cpu::quantize(stream, gated, scheme, group_ends, out);
+}
+
 void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin) {
   const int64_t half = inv_freq.dim(0);
   const float* const frequencies = inv_freq.as<float>();

@@ -48,6 +48,11 @@ __device__ inline float exponential(float x) {
   return p * power_of_two(half) * power_of_two(n - half);
 }
 
+// silu(gate) * up, rounded.
+__device__ inline uint16_t silu_times(float gate, float up) {
+  return float_to_bf16(__fdiv_rn(gate, 1.0f + exponential(0.0f - gate)) * up);
+}
+
 // The tree over the lanes' sums; the result is lane 0's. Called by the first sixteen threads of a warp.
 __device__ inline float sum_lanes(float lane) {
   for (int width = kLanes / 2; width >= 1; width /= 2) lane += __shfl_down_sync(0xFFFF, lane, width, kLanes);

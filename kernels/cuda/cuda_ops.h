@@ -23,6 +23,9 @@ void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const in
 void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out);
 void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out);
 void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor& out);
+void rms_norm_and_quantize(Stream& stream, const Tensor& x, const NormedInput& next);
+void silu_mul_and_quantize(Stream& stream, const Tensor& gate, const Tensor& up, const ActivationScheme& scheme,
+                           std::span<const int64_t> group_ends, const Tensor& gated, const Activations& out);
 void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin);
 void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
                     const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache);

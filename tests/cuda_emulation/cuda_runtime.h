@@ -23,6 +23,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __launch_bounds__(...)
 #define __shared__ static thread_local  // blocks of one thread run one after the other
 
 struct dim3 {

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "kernels/memory.h"
+#include "kernels/ops.h"
 #include "kernels/tensor.h"
 #include "worker/model/shard_spec.h"
 
@@ -18,14 +19,23 @@ class Communicator {
   virtual int rank() const = 0;
   virtual int size() const = 0;
 
-  // On host memory. Rank r contributes bytes_of_rank[r] bytes; `all` gets all of them in rank order. May be longer than the window:
-  // the transfer is cut. mine may not overlap all.
+  // On host memory. Rank r contributes bytes_of_rank[r] bytes; `all` gets all of them in rank order. May be longer than
+  // the window: the transfer is cut. mine may not overlap all.
   virtual void all_gather(const void* mine, std::span<const int64_t> bytes_of_rank, void* all) = 0;
 
-  // Finishes a row-parallel layer. partials [nodes, tokens, n] F32 are this rank's maximal subtrees (linear_over_slices());
-  // every rank ends with residual [tokens, n] BF16 = bf16(residual + the whole tree's sum), equal bits everywhere. On the
-  // memory of the stream's device, which for several ranks is the host unless the communicator says otherwise.
+  // Finishes a row-parallel layer. partials [nodes, tokens, n] F32 are this rank's maximal subtrees
+  // (linear_over_slices()); every rank ends with residual [tokens, n] BF16 = bf16(residual + the whole tree's sum),
+  // equal bits everywhere. On the memory of the stream's device, which for several ranks is the host unless the
+  // communicator says otherwise.
   virtual void reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) = 0;
+
+  // reduce_over_slices(), then rms_norm_and_quantize() of the residual stream: where ranks meet on the device, one
+  // kernel.
+  virtual void reduce_and_norm(Stream& stream, const Tensor& partials, const Tensor& residual,
+                               const NormedInput& next) {
+    reduce_over_slices(stream, partials, residual);
+    rms_norm_and_quantize(stream, residual, next);
+  }
 
   virtual void barrier() = 0;
 };

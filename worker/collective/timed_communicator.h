@@ -26,6 +26,11 @@ class TimedCommunicator final : public Communicator {
   void reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) override {
     timed(FlightEvent::kReduce, residual.bytes(), [&] { inner_.reduce_over_slices(stream, partials, residual); });
   }
+  // With the norm, which may be part of the same kernel.
+  void reduce_and_norm(Stream& stream, const Tensor& partials, const Tensor& residual,
+                       const NormedInput& next) override {
+    timed(FlightEvent::kReduce, residual.bytes(), [&] { inner_.reduce_and_norm(stream, partials, residual, next); });
+  }
   void barrier() override {
     timed(FlightEvent::kBarrier, 0, [&] { inner_.barrier(); });
   }

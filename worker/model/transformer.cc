@@ -17,6 +17,13 @@ Tensor front(const Tensor& scratch, Shape shape) {
   return Tensor(scratch.data(), scratch.dtype(), shape, scratch.device());
 }
 
+// How layers that read the same input quantise it; kNone where they do not agree, and each has to for itself.
+ActivationScheme common_scheme(std::initializer_list<const Linear*> layers) {
+  const ActivationScheme& scheme = (*layers.begin())->activations;
+  const bool all = std::ranges::all_of(layers, [&](const Linear* layer) { return layer->activations == scheme; });
+  return all ? scheme : ActivationScheme{};
+}
+
 // Log-sum-exp in parts: sum of exp(x - max) beside max.
 struct SoftmaxPart {
   double max = -std::numeric_limits<double>::infinity();
@@ -129,6 +136,9 @@ void Transformer::forward(const StepBatch& batch, const KvCache& cache) {
   tokens_ = batch.token_count();
   embed(batch.tokens);
   rope_angles(stream_, batch.positions, inv_freq_, scratch_.cos_sin.rows(0, tokens_));
+  const NormedInput first = attention_input(0);
+  rms_norm_and_quantize(stream_, scratch_.residual.rows(0, tokens_), first);
+  input_ = first.out;
   for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
     attention_block(layer, batch, cache);
     feed_forward(layer);
@@ -167,29 +177,45 @@ void Transformer::attention_block(int64_t index, const StepBatch& batch, const K
   const AttentionBatch attention_batch = batch.attention();
   const Shape q_shape{tokens_, shard_.heads(), config_.head_dim},
       kv_shape{tokens_, shard_.kv_heads(), config_.head_dim};
-  const Tensor normed = scratch_.normed.rows(0, tokens_);
   const Tensor q = scratch_.queries_f32.rows(0, tokens_), k = scratch_.keys_f32.rows(0, tokens_),
                v = scratch_.values_f32.rows(0, tokens_);
   const Tensor rotated = front(scratch_.queries, q_shape), attended = front(scratch_.attended, q_shape);
 
-  rms_norm(stream_, scratch_.residual.rows(0, tokens_), layer.input_layernorm, config_.rms_norm_eps, normed);
-  project(normed, {{{&layer.q_proj, q}, {&layer.k_proj, k}, {&layer.v_proj, v}}});
+  project(input_, {{{&layer.q_proj, q}, {&layer.k_proj, k}, {&layer.v_proj, v}}});
   rope_and_cache(stream_, q.reshaped(q_shape), k.reshaped(kv_shape), v.reshaped(kv_shape),
                  scratch_.cos_sin.rows(0, tokens_), attention_batch, rotated, kv);
   attention(stream_, rotated, kv, attention_batch, attended);
-  project_and_reduce(attended.reshaped({tokens_, shard_.query_rows().size()}), layer.o_proj, query_column_ends_);
+  const Tensor heads = attended.reshaped({tokens_, shard_.query_rows().size()});
+  project_and_reduce(quantized(heads, layer.o_proj.activations, query_column_ends_), layer.o_proj, query_column_ends_,
+                     normed_input(layer.post_attention_layernorm, common_scheme({&layer.gate_proj, &layer.up_proj})));
 }
 
 void Transformer::feed_forward(int64_t index) {
   const LayerWeights& layer = weights_.layers[index];
-  const Tensor normed = scratch_.normed.rows(0, tokens_);
   const Tensor gate = scratch_.gate.rows(0, tokens_), up = scratch_.up.rows(0, tokens_);
   const Tensor gated = scratch_.gated.rows(0, tokens_);
 
-  rms_norm(stream_, scratch_.residual.rows(0, tokens_), layer.post_attention_layernorm, config_.rms_norm_eps, normed);
-  project(normed, {{{&layer.gate_proj, gate}, {&layer.up_proj, up}}});
-  silu_mul(stream_, gate, up, gated);
-  project_and_reduce(gated, layer.down_proj, ffn_column_ends_);
+  project(input_, {{{&layer.gate_proj, gate}, {&layer.up_proj, up}}});
+  const ActivationScheme& scheme = layer.down_proj.activations;
+  const Activations down_input = room_for(gated, scheme, static_cast<int64_t>(ffn_column_ends_.size()));
+  silu_mul_and_quantize(stream_, gate, up, scheme, ffn_column_ends_, gated, down_input);
+  const bool last = index + 1 == config_.num_hidden_layers;
+  project_and_reduce(down_input, layer.down_proj, ffn_column_ends_,
+                     last ? std::nullopt : std::optional(attention_input(index + 1)));
+}
+
+NormedInput Transformer::normed_input(const Tensor& norm, const ActivationScheme& scheme) {
+  const Tensor normed = scratch_.normed.rows(0, tokens_);
+  return {.weight = norm,
+          .eps = static_cast<float>(config_.rms_norm_eps),
+          .scheme = scheme,
+          .normed = normed,
+          .out = room_for(normed, scheme, 1)};
+}
+
+NormedInput Transformer::attention_input(int64_t layer) {
+  const LayerWeights& weights = weights_.layers[layer];
+  return normed_input(weights.input_layernorm, common_scheme({&weights.q_proj, &weights.k_proj, &weights.v_proj}));
 }
 
 Tensor Transformer::on_host(const Tensor& here) {
@@ -200,32 +226,39 @@ Tensor Transformer::on_host(const Tensor& here) {
   return there;
 }
 
+Activations Transformer::room_for(const Tensor& x, const ActivationScheme& scheme, int64_t groups) {
+  if (scheme.kind == ActivationScheme::Kind::kNone) return {.values = x, .scales = {}};
+  return {.values = front(scratch_.codes, x.shape()), .scales = front(scratch_.code_scales, {x.dim(0), groups})};
+}
+
 Activations Transformer::quantized(const Tensor& x, const ActivationScheme& scheme,
                                    std::span<const int64_t> group_ends) {
-  if (scheme.kind == ActivationScheme::Kind::kNone) return {.values = x, .scales = {}};
-  const Activations out{.values = front(scratch_.codes, x.shape()),
-                        .scales = front(scratch_.code_scales, {x.dim(0), static_cast<int64_t>(group_ends.size())})};
-  quantize(stream_, x, scheme, group_ends, out);
+  const Activations out = room_for(x, scheme, static_cast<int64_t>(group_ends.size()));
+  if (scheme.kind != ActivationScheme::Kind::kNone) quantize(stream_, x, scheme, group_ends, out);
   return out;
 }
 
-void Transformer::project(const Tensor& x, std::span<const LinearOutput> outputs) {
-  const int64_t whole_row[] = {x.dim(1)};
+void Transformer::project(const Activations& x, std::span<const LinearOutput> outputs) {
+  if (!x.scales.empty()) return linear(stream_, x, outputs);
+  const int64_t whole_row[] = {x.values.dim(1)};
   while (!outputs.empty()) {
     // Neighbours with one activation scheme (nearly always all of them) share one pass over x.
     const ActivationScheme& scheme = outputs.front().weight->activations;
     size_t same = 1;
     while (same < outputs.size() && outputs[same].weight->activations == scheme) ++same;
-    linear(stream_, quantized(x, scheme, whole_row), outputs.first(same));
+    linear(stream_, quantized(x.values, scheme, whole_row), outputs.first(same));
     outputs = outputs.subspan(same);
   }
 }
 
-void Transformer::project_and_reduce(const Tensor& x, const Linear& weight, std::span<const int64_t> column_ends) {
+void Transformer::project_and_reduce(const Activations& x, const Linear& weight, std::span<const int64_t> column_ends,
+                                     const std::optional<NormedInput>& next) {
   const Tensor partials = front(scratch_.partials, {scratch_.partials.dim(0), tokens_, config_.hidden_size});
-  linear_over_slices(stream_, quantized(x, weight.activations, column_ends), weight,
-                     shard_.leaves(stream_.arithmetic()), column_ends, partials);
-  communicator_.reduce_over_slices(stream_, partials, scratch_.residual.rows(0, tokens_));
+  const Tensor residual = scratch_.residual.rows(0, tokens_);
+  linear_over_slices(stream_, x, weight, shard_.leaves(stream_.arithmetic()), column_ends, partials);
+  if (!next) return communicator_.reduce_over_slices(stream_, partials, residual);
+  communicator_.reduce_and_norm(stream_, partials, residual, *next);
+  input_ = next->out;
 }
 
 std::span<const LogitsRow> Transformer::logits(std::span<const int32_t> rows) {
@@ -238,7 +271,7 @@ std::span<const LogitsRow> Transformer::logits(std::span<const int32_t> rows) {
 
   copy_rows(stream_, scratch_.residual.rows(0, tokens_), rows, last);
   rms_norm(stream_, last, weights_.norm, config_.rms_norm_eps, normed);
-  project(normed, {{{&weights_.lm_head, here}}});
+  project({.values = normed, .scales = {}}, {{{&weights_.lm_head, here}}});
   softmax_parts(stream_, here, vocab_ends_, parts);
 
   bytes_of_rank_.resize(shard_.ranks());

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -82,14 +83,21 @@ class Transformer {
 
  private:
   void embed(std::span<const int32_t> tokens);
+  // Both take and leave their input normed, in input_: the norm belongs to the sum before it.
   void attention_block(int64_t layer, const StepBatch& batch, const KvCache& cache);
   void feed_forward(int64_t layer);
-  // Column-parallel layers that read the same input; quantises it once per activation scheme.
-  void project(const Tensor& x, std::span<const LinearOutput> outputs);
-  // A row-parallel layer, summed over all ranks into the residual stream.
-  void project_and_reduce(const Tensor& x, const Linear& weight, std::span<const int64_t> column_ends);
+  // What layers with these activations read of the residual stream.
+  NormedInput normed_input(const Tensor& norm, const ActivationScheme& scheme);
+  NormedInput attention_input(int64_t layer);
+  // Column-parallel layers that read the same input; quantises it once per activation scheme, unless it is.
+  void project(const Activations& x, std::span<const LinearOutput> outputs);
+  // A row-parallel layer, summed over all ranks into the residual stream, and the norm after it, if one follows.
+  void project_and_reduce(const Activations& x, const Linear& weight, std::span<const int64_t> column_ends,
+                          const std::optional<NormedInput>& next);
   // `here` where the host can read it, valid until the next call.
   Tensor on_host(const Tensor& here);
+  // Room for x [tokens, n] quantised so, or x itself.
+  Activations room_for(const Tensor& x, const ActivationScheme& scheme, int64_t groups);
   Activations quantized(const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends);
   float finish_log_sum_exp(int64_t row, int64_t rows) const;
 
@@ -104,6 +112,7 @@ class Transformer {
   Tensor inv_freq_;  // [head_dim / 2] F32
   std::vector<int64_t> query_column_ends_, ffn_column_ends_, vocab_ends_;
   int64_t tokens_ = 0;  // of the batch last run
+  Activations input_;   // of the block that comes next
   std::vector<LogitsRow> rows_;
   // The batch's tokens sorted by the rank that owns their embedding row.
   std::vector<int32_t> by_owner_, own_ids_;
