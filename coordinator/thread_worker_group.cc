@@ -54,6 +54,9 @@ class Rank {
     weights_.emplace(std::move(*weights));
     worker_.emplace(*stream_, *communicator_, checkpoint.config(), shard_, *weights_,
                     KvCache(*stream_, checkpoint.config(), shard_, limits.blocks), limits);
+    if (options.cuda != nullptr && options.record_steps) {
+      worker_->record_steps([](int64_t, int64_t) {}).IgnoreError();  // where they cannot, steps run op by op
+    }
     return absl::OkStatus();
   }
 
@@ -118,8 +121,10 @@ absl::StatusOr<std::unique_ptr<ThreadWorkerGroup>> ThreadWorkerGroup::start(cons
   const auto begin = std::chrono::steady_clock::now();
   auto impl = std::make_unique<Impl>();
   const RankResources each{.memory_bytes = options.available_bytes, .threads = options.stream.threads};
+  MemoryOptions memory = options.memory;
+  memory.device = options.cuda == nullptr ? Device::kCpu : Device::kCuda;
   absl::StatusOr<MemoryPlan> plan =
-      plan_memory(weight_formats(checkpoint), options.memory, std::vector<RankResources>(options.ranks, each));
+      plan_memory(weight_formats(checkpoint), memory, std::vector<RankResources>(options.ranks, each));
   if (!plan.ok()) return plan.status();
   impl->plan = *std::move(plan);
 

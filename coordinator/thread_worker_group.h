@@ -21,6 +21,7 @@ struct ThreadGroupOptions {
   std::vector<int> pretend_nodes;           // sizes that add up to `ranks`; empty: one node
   Stream::CpuOptions stream;                // of each rank
   const cuda::ModuleTable* cuda = nullptr;  // all ranks compute on its first device; null: on the CPU
+  bool record_steps = true;                 // on that device, where its ranks can
   ActivationMode activations = ActivationMode::kBF16;
   MemoryOptions memory;         // its arithmetic is the ranks' own: kFast only with `cuda`
   int64_t available_bytes = 0;  // of each rank

@@ -12,6 +12,7 @@ constexpr int kMaxSumDepth = 16;
 
 struct Backend {
   void (*copy)(Stream& stream, const Tensor& from, const Tensor& to);
+  void (*queue_copy)(Stream& stream, const Tensor& from, const Tensor& to);
   void (*pack_rows)(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight);
   void (*quantize)(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
                    const Activations& out);
@@ -21,14 +22,13 @@ struct Backend {
   void (*add_tree_sum)(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program,
                        const Tensor& residual);
   void (*tree_sum)(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out);
-  void (*copy_rows)(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out);
+  void (*copy_rows)(Stream& stream, const Tensor& table, const Tensor& row_ids, const Tensor& out);
   void (*rms_norm)(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out);
   void (*silu_mul)(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor& out);
   void (*rms_norm_and_quantize)(Stream& stream, const Tensor& x, const NormedInput& next);
   void (*silu_mul_and_quantize)(Stream& stream, const Tensor& gate, const Tensor& up, const ActivationScheme& scheme,
                                 std::span<const int64_t> group_ends, const Tensor& gated, const Activations& out);
-  void (*rope_angles)(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq,
-                      const Tensor& cos_sin);
+  void (*rope_angles)(Stream& stream, const Tensor& positions, const Tensor& inv_freq, const Tensor& cos_sin);
   void (*rope_and_cache)(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
                          const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache);
   void (*attention)(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch,

@@ -45,10 +45,12 @@ void* allocate_zeroed(int64_t bytes) {
   return data;
 }
 
-void release(void* data, int64_t bytes, const Stream* stream) {
+void release(void* data, int64_t bytes, Device device, const Stream* stream) {
   if (data == nullptr) return;
-  if (stream != nullptr) {
+  if (device == Device::kCuda) {
     stream->module().release(stream->queue(), data);
+  } else if (stream != nullptr) {
+    stream->module().release_page_locked(stream->queue(), data);
   } else if (bytes >= kHugePage) {
     munmap(data, rounded_up(bytes, kHugePage));
   } else {
@@ -70,28 +72,44 @@ Buffer::Buffer(int64_t bytes, const Stream& stream) {
   }
   OCTET_CHECK(bytes >= 0, "a buffer of " + std::to_string(bytes) + " bytes");
   bytes_ = bytes;
+  device_ = Device::kCuda;
   stream_ = &stream;
   if (bytes > 0) data_ = stream.module().allocate(stream.queue(), bytes);
   if (bytes > 0 && data_ == nullptr) throw std::bad_alloc();
 }
 
-Buffer::~Buffer() { release(data_, bytes_, stream_); }
+Buffer Buffer::page_locked(int64_t bytes, const Stream& stream) {
+  if (stream.device() == Device::kCpu) return Buffer(bytes);
+  OCTET_CHECK(bytes >= 0, "a buffer of " + std::to_string(bytes) + " bytes");
+  Buffer buffer;
+  buffer.bytes_ = bytes;
+  buffer.stream_ = &stream;
+  if (bytes > 0) buffer.data_ = stream.module().allocate_page_locked(stream.queue(), bytes);
+  if (bytes > 0 && buffer.data_ == nullptr) throw std::bad_alloc();
+  return buffer;
+}
+
+Buffer::~Buffer() { release(data_, bytes_, device_, stream_); }
 
 Buffer::Buffer(Buffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)), stream_(other.stream_) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)),
+      device_(other.device_),
+      stream_(other.stream_) {}
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
   if (this != &other) {
-    release(data_, bytes_, stream_);
+    release(data_, bytes_, device_, stream_);
     data_ = std::exchange(other.data_, nullptr);
     bytes_ = std::exchange(other.bytes_, 0);
+    device_ = other.device_;
     stream_ = other.stream_;
   }
   return *this;
 }
 
 Tensor Buffer::tensor(DType dtype, Shape shape) const {
-  const Tensor view(data_, dtype, shape, stream_ == nullptr ? Device::kCpu : Device::kCuda);
+  const Tensor view(data_, dtype, shape, device_);
   OCTET_CHECK(view.bytes() <= bytes_, std::string("a ") + name_of(dtype) + " " + shape.to_string() +
                                           " tensor in a buffer of " + std::to_string(bytes_) + " bytes");
   return view;

@@ -32,6 +32,9 @@ class Buffer {
   explicit Buffer(int64_t bytes);
   // Where `stream`, which outlives it, computes. Throws likewise.
   Buffer(int64_t bytes, const Stream& stream);
+  // On the host, page-locked where `stream`, which outlives it, computes elsewhere: what queue_copy() copies from and
+  // to. Throws likewise.
+  static Buffer page_locked(int64_t bytes, const Stream& stream);
   ~Buffer();
   Buffer(Buffer&& other) noexcept;
   Buffer& operator=(Buffer&& other) noexcept;
@@ -44,7 +47,8 @@ class Buffer {
  private:
   void* data_ = nullptr;
   int64_t bytes_ = 0;
-  const Stream* stream_ = nullptr;  // of device memory
+  Device device_ = Device::kCpu;
+  const Stream* stream_ = nullptr;  // of device memory, and of page-locked memory
 };
 
 // The instruction family of the CPU kernels. kAvx512 means AVX-512 F/BW/DQ/VL/VBMI with BF16. kAvx2 and kAvx512 promise

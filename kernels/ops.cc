@@ -32,6 +32,11 @@ void check_rank(const char* name, const Tensor& tensor, int rank) {
                                                  std::to_string(rank) + " dimensions");
 }
 
+int64_t rows_of(const Tensor& tensor) {
+  const int64_t columns = tensor.dim(tensor.shape().rank() - 1);
+  return columns == 0 ? 0 : tensor.elements() / columns;
+}
+
 void check_groups(std::span<const int64_t> group_ends, int64_t columns) {
   int64_t before = 0;
   for (const int64_t end : group_ends) {
@@ -86,30 +91,43 @@ int64_t kv_heads_of(Device device, const KvLayer& cache, int64_t head_dim) {
   return kv_heads;
 }
 
-// Every position that attention will read must lie in a block of the cache.
-void check_batch(const AttentionBatch& batch, int64_t tokens, int64_t blocks) {
-  OCTET_CHECK(
-      static_cast<int64_t>(batch.positions.size()) == tokens &&
-          static_cast<int64_t>(batch.sequence_of.size()) == tokens,
-      "a batch of " + std::to_string(batch.positions.size()) + " positions for " + std::to_string(tokens) + " tokens");
-  OCTET_CHECK(batch.max_blocks > 0 || tokens == 0, "block tables without blocks");
+// Every position that attention will read must lie in a block of the cache. Looked at only where the host can: the
+// shapes are what every back end is held to.
+void check_places(const AttentionBatch& batch, int64_t blocks) {
+  const int32_t* const positions = batch.positions.as<int32_t>();
+  const int32_t* const sequence_of = batch.sequence_of.as<int32_t>();
+  const int32_t* const tables = batch.block_tables.as<int32_t>();
+  const int64_t tokens = batch.tokens();
   for (int64_t token = 0; token < tokens; ++token) {
-    const int64_t sequence = batch.sequence_of[token];
-    const int64_t position = batch.positions[token];
-    OCTET_CHECK(sequence >= 0 && (sequence + 1) * batch.max_blocks <= static_cast<int64_t>(batch.block_tables.size()),
+    const int64_t sequence = sequence_of[token];
+    const int64_t position = positions[token];
+    OCTET_CHECK(sequence >= 0 && sequence < batch.block_tables.dim(0),
                 "token " + std::to_string(token) + " belongs to sequence " + std::to_string(sequence));
-    OCTET_CHECK(position >= 0 && position < batch.max_blocks * kKvBlockTokens,
+    OCTET_CHECK(position >= 0 && position < batch.context,
                 "token " + std::to_string(token) + " has position " + std::to_string(position));
-    const bool follows = token > 0 && batch.sequence_of[token - 1] == sequence;
-    OCTET_CHECK(!follows || batch.positions[token - 1] < position, "positions of a sequence rise");
-    const bool last = token + 1 == tokens || batch.sequence_of[token + 1] != sequence;
+    const bool follows = token > 0 && sequence_of[token - 1] == sequence;
+    OCTET_CHECK(!follows || positions[token - 1] < position, "positions of a sequence rise");
+    const bool last = token + 1 == tokens || sequence_of[token + 1] != sequence;
     if (!last) continue;
     for (int64_t b = 0; b <= position / kKvBlockTokens; ++b) {
-      const int64_t block = batch.block_tables[sequence * batch.max_blocks + b];
+      const int64_t block = tables[sequence * batch.max_blocks() + b];
       OCTET_CHECK(block >= 0 && block < blocks, "sequence " + std::to_string(sequence) + " names block " +
                                                     std::to_string(block) + " of " + std::to_string(blocks));
     }
   }
+}
+
+void check_batch(Device device, const AttentionBatch& batch, int64_t tokens, int64_t blocks) {
+  check_rank("sequence_ends", batch.sequence_ends, 1);
+  check_rank("block_tables", batch.block_tables, 2);
+  check_tensor(device, "positions", batch.positions, DType::kI32, {tokens});
+  check_tensor(device, "sequence_of", batch.sequence_of, DType::kI32, {tokens});
+  check_tensor(device, "sequence_ends", batch.sequence_ends, DType::kI32, batch.sequence_ends.shape());
+  check_tensor(device, "block_tables", batch.block_tables, DType::kI32, batch.block_tables.shape());
+  OCTET_CHECK((batch.context > 0 || tokens == 0) && batch.context <= batch.max_blocks() * kKvBlockTokens,
+              "contexts of " + std::to_string(batch.context) + " positions in tables of " +
+                  std::to_string(batch.max_blocks()) + " blocks");
+  if (device == Device::kCpu) check_places(batch, blocks);
 }
 
 void check_program(std::span<const Tensor> pieces, std::span<const int> program) {
@@ -135,6 +153,17 @@ void copy(Stream& stream, const Tensor& from, const Tensor& to) {
   check_tensor(to.device(), "to", to, from.dtype(), from.shape());
   if (from.elements() == 0) return;
   stream.backend().copy(stream, from, to);
+}
+
+void queue_copy(Stream& stream, const Tensor& from, const Tensor& to) {
+  check_tensor(from.device(), "from", from, from.dtype(), from.shape());
+  OCTET_CHECK(from.shape().rank() >= 1, "a copy of rows");
+  const int64_t columns = from.dim(from.shape().rank() - 1), stride = to.dim(to.shape().rank() - 1);
+  OCTET_CHECK(columns <= stride, "rows of " + from.shape().to_string() + " copied to " + to.shape().to_string());
+  if (columns == stride) check_tensor(to.device(), "to", to, from.dtype(), from.shape());
+  if (columns < stride) check_tensor(to.device(), "to", to, from.dtype(), {rows_of(from), stride});
+  if (from.elements() == 0) return;
+  stream.backend().queue_copy(stream, from, to);
 }
 
 void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight) {
@@ -208,12 +237,15 @@ void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const in
   stream.backend().tree_sum(stream, pieces, program, out);
 }
 
-void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out) {
+void copy_rows(Stream& stream, const Tensor& table, const Tensor& row_ids, const Tensor& out) {
   const Device device = stream.device();
   check_rank("table", table, 2);
+  check_rank("row_ids", row_ids, 1);
   check_tensor(device, "table", table, DType::kBF16, table.shape());
-  check_tensor(device, "out", out, DType::kBF16, {static_cast<int64_t>(row_ids.size()), table.dim(1)});
-  for (const int32_t id : row_ids) {
+  check_tensor(device, "row_ids", row_ids, DType::kI32, row_ids.shape());
+  check_tensor(device, "out", out, DType::kBF16, {row_ids.dim(0), table.dim(1)});
+  for (int64_t i = 0; device == Device::kCpu && i < row_ids.dim(0); ++i) {
+    const int32_t id = row_ids.as<int32_t>()[i];
     OCTET_CHECK(id >= 0 && id < table.dim(0), "row " + std::to_string(id) + " of " + std::to_string(table.dim(0)));
   }
   stream.backend().copy_rows(stream, table, row_ids, out);
@@ -262,11 +294,13 @@ void silu_mul_and_quantize(Stream& stream, const Tensor& gate, const Tensor& up,
   stream.backend().silu_mul_and_quantize(stream, gate, up, scheme, group_ends, gated, out);
 }
 
-void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin) {
+void rope_angles(Stream& stream, const Tensor& positions, const Tensor& inv_freq, const Tensor& cos_sin) {
   const Device device = stream.device();
+  check_rank("positions", positions, 1);
+  check_tensor(device, "positions", positions, DType::kI32, positions.shape());
   check_rank("inv_freq", inv_freq, 1);
   check_tensor(device, "inv_freq", inv_freq, DType::kF32, inv_freq.shape());
-  check_tensor(device, "cos_sin", cos_sin, DType::kF32, {static_cast<int64_t>(positions.size()), inv_freq.dim(0), 2});
+  check_tensor(device, "cos_sin", cos_sin, DType::kF32, {positions.dim(0), inv_freq.dim(0), 2});
   const cpu::FlushDenormals flush;
   stream.backend().rope_angles(stream, positions, inv_freq, cos_sin);
 }
@@ -283,7 +317,7 @@ void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tens
   check_tensor(device, "v", v, DType::kF32, {tokens, kv_heads, head_dim});
   check_tensor(device, "cos_sin", cos_sin, DType::kF32, {tokens, head_dim / 2, 2});
   check_tensor(device, "q_out", q_out, DType::kBF16, q.shape());
-  check_batch(batch, tokens, cache.values.dim(0));
+  check_batch(device, batch, tokens, cache.values.dim(0));
   const cpu::FlushDenormals flush;
   stream.backend().rope_and_cache(stream, q, k, v, cos_sin, batch, q_out, cache);
 }
@@ -296,7 +330,7 @@ void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const Atte
   check_tensor(device, "out", out, DType::kBF16, q.shape());
   OCTET_CHECK(kv_heads > 0 && q.dim(1) % kv_heads == 0,
               std::to_string(q.dim(1)) + " query heads over " + std::to_string(kv_heads) + " KV heads");
-  check_batch(batch, q.dim(0), cache.values.dim(0));
+  check_batch(device, batch, q.dim(0), cache.values.dim(0));
   const cpu::FlushDenormals flush;
   stream.backend().attention(stream, q, cache, batch, out);
 }

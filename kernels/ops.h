@@ -20,6 +20,10 @@ namespace octet {
 // Copies a tensor to memory of the same dtype and shape on the host or on the stream's device, neither way overlapping.
 // Whatever lies on the host may be used again as soon as this returns.
 void copy(Stream& stream, const Tensor& from, const Tensor& to);
+// The same without waiting, between the device and page-locked memory of the host (Buffer::page_locked()): that may be
+// used again when the stream was synchronised. `to` may have longer rows (the last dimension) than `from`, of which the
+// first elements are then written.
+void queue_copy(Stream& stream, const Tensor& from, const Tensor& to);
 
 // How a linear layer quantises its input to e4m3 (W8A8). kNone: inputs stay BF16 (BF16 weights, and W8A16).
 struct ActivationScheme {
@@ -90,8 +94,8 @@ void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<cons
 // of it is elsewhere. out overlaps no piece.
 void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const int> program, const Tensor& out);
 
-// out[i] = table[row_ids[i]]. table [rows, n] BF16, row_ids in range, out [ids, n] BF16.
-void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out);
+// out[i] = table[row_ids[i]]. table [rows, n] BF16, row_ids [ids] I32 in range, out [ids, n] BF16.
+void copy_rows(Stream& stream, const Tensor& table, const Tensor& row_ids, const Tensor& out);
 
 // out = bf16(x / sqrt(mean(x^2) + eps) * weight), all of it in FP32. x, out [tokens, n] BF16; weight [n] F32.
 void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out);
@@ -129,18 +133,24 @@ struct KvLayer {
   Tensor values;  // [blocks, kv_heads, kKvBlockTokens, head_dim] BF16
 };
 
-// Which tokens a step runs, as flat arrays that every layer reads. Tokens of one sequence are neighbours.
+// Which tokens a step runs, as flat arrays of I32 on the stream's device that every layer reads. Tokens of one sequence
+// are neighbours. What a launch depends on is beside them: the host does not read device memory for it.
 struct AttentionBatch {
-  std::span<const int32_t> positions;      // [tokens] position of each token in its sequence
-  std::span<const int32_t> sequence_of;    // [tokens] row of block_tables
-  std::span<const int32_t> sequence_ends;  // [sequences] the last token of sequence i is sequence_ends[i] - 1
-  std::span<const int32_t> block_tables;   // [sequences, max_blocks] row-major, blocks of the cache
-  int64_t max_blocks = 0;
+  Tensor positions;      // [tokens] position of each token in its sequence
+  Tensor sequence_of;    // [tokens] row of block_tables
+  Tensor sequence_ends;  // [sequences] the last token of sequence i is sequence_ends[i] - 1
+  Tensor block_tables;   // [sequences, max_blocks] blocks of the cache
+  int64_t context = 0;   // every position is below it; at most max_blocks * kKvBlockTokens
+
+  int64_t tokens() const { return positions.dim(0); }
+  int64_t sequences() const { return sequence_ends.dim(0); }
+  int64_t max_blocks() const { return block_tables.dim(1); }
 };
 
 // cos_sin[t, j] = (cos, sin) of float(positions[t]) * inv_freq[j] (an FP32 product, then full range reduction).
-// inv_freq [head_dim / 2] F32, cos_sin [tokens, head_dim / 2, 2] F32. Once per step, shared by the layers.
-void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin);
+// positions [tokens] I32, inv_freq [head_dim / 2] F32, cos_sin [tokens, head_dim / 2, 2] F32. Once per step, shared by
+// the layers.
+void rope_angles(Stream& stream, const Tensor& positions, const Tensor& inv_freq, const Tensor& cos_sin);
 
 // Rotates q and k (halves: element j pairs with j + head_dim / 2) in FP32, rounds q, k and v once to BF16, and writes k
 // and v to the cache at the tokens' positions. q [tokens, heads, head_dim] F32 to q_out, the same shape in BF16; k, v

@@ -197,6 +197,7 @@ class Rank {
       ranks.push_back({.memory_bytes = static_cast<int64_t>(memories[r]), .threads = static_cast<int>(threads[r])});
     }
     MemoryOptions options = options_.runtime.memory;
+    options.device = options_.device;
     options.window_bytes = 2 * kDefaultAreaBytes;
     options.arithmetic = arithmetic();
     absl::StatusOr<MemoryPlan> plan = plan_memory(weight_formats(*checkpoint_), options, ranks);
@@ -268,7 +269,24 @@ class Rank {
     worker_.emplace(*stream_, *communicator_, checkpoint_->config(), *shard_, *weights_,
                     KvCache(*stream_, checkpoint_->config(), *shard_, plan_->limits.blocks), plan_->limits,
                     recorder_.get());
+    if (gpu_) record_steps();
     return absl::OkStatus();
+  }
+
+  void record_steps() {
+    std::optional<Progress> progress;
+    if (leads() && options_.log_format == LogFormat::kText) {
+      progress.emplace("Recording decode steps", [](int64_t steps) { return absl::StrFormat("%d", steps); });
+    }
+    int64_t recorded = 0;
+    const absl::Status status = worker_->record_steps([&](int64_t done, int64_t total) {
+      recorded = done;
+      if (progress) progress->update(done, total);
+    });
+    if (progress) progress->clear();
+    if (!leads()) return;
+    log(status.ok() ? absl::StrFormat("%d sizes of decode steps run as CUDA graphs", recorded)
+                    : std::string(status.message()));
   }
 
   // Rank 0 opens the door through which the others will fetch their plans.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/cuda/open_module.h"
+#include "kernels/graph.h"
 #include "kernels/ops.h"
 #include "tests/op_cases.h"
 
@@ -42,6 +43,13 @@ class Place {
     const Tensor there = zeros(host.dtype(), host.shape());
     copy(stream, host, there);
     return there;
+  }
+  AttentionBatch put(const AttentionBatch& host) {
+    return {.positions = put(host.positions),
+            .sequence_of = put(host.sequence_of),
+            .sequence_ends = put(host.sequence_ends),
+            .block_tables = put(host.block_tables),
+            .context = host.context};
   }
   Linear pack(const Tensor& raw, const Tensor& scale) {
     const int64_t out = raw.dim(0), in = raw.dim(1);
@@ -341,7 +349,7 @@ TEST(CudaCopies, HaveTheCpusBits) {
   const std::vector<int32_t> rows = {10, 0, 3, 3, 7};
   expect_same_on_both("copy_rows", [&](Place& place) {
     const Tensor out = place.zeros(DType::kBF16, {5, 301});
-    copy_rows(place.stream, place.put(table), rows, out);
+    copy_rows(place.stream, place.put(table), place.put(view_of(rows)), out);
     return std::vector<Tensor>{out};
   });
   const Owned keys = random.bf16({6, 3, 17, kKvBlockTokens, 2}), values = random.bf16({6, 3, kKvBlockTokens, 34});
@@ -379,8 +387,9 @@ TEST(CudaRope, HasTheCpusBitsAndWritesOnlyItsPositions) {
       const Tensor angles = place.zeros(DType::kF32, {tokens, head_dim / 2, 2});
       const Tensor q_out = place.zeros(DType::kBF16, {tokens, 4, head_dim});
       const KvLayer cache = {.keys = place.put(setup.keys), .values = place.put(setup.values)};
-      rope_angles(place.stream, setup.positions, place.put(inv_freq), angles);
-      rope_and_cache(place.stream, place.put(q), place.put(k), place.put(v), angles, setup.batch(), q_out, cache);
+      const AttentionBatch batch = place.put(setup.batch());
+      rope_angles(place.stream, batch.positions, place.put(inv_freq), angles);
+      rope_and_cache(place.stream, place.put(q), place.put(k), place.put(v), angles, batch, q_out, cache);
       return std::vector<Tensor>{angles, q_out, cache.keys, cache.values};
     });
   }
@@ -390,7 +399,7 @@ void expect_same_attention(const std::string& what, const CacheCase& setup) {
   expect_same_on_both(what, [&](Place& place) {
     const Tensor out = place.zeros(DType::kBF16, setup.q.tensor.shape());
     const KvLayer cache = {.keys = place.put(setup.keys), .values = place.put(setup.values)};
-    attention(place.stream, place.put(setup.q), cache, setup.batch(), out);
+    attention(place.stream, place.put(setup.q), cache, place.put(setup.batch()), out);
     return std::vector<Tensor>{out};
   });
 }
@@ -418,20 +427,78 @@ TEST(CudaAttention, ManyTokensWalkTheirChunksInOneBlockWithTheSameBits) {
 
 TEST(CudaQueue, TakesArgumentsOfAnySize) {
   Random random(13);
-  const Owned inv_freq = random.f32({1});
+  const Owned blocks = random.bf16({2, 1, 1, kKvBlockTokens, 2});
   // The first fill more than half of the queue's memory for arguments, the last are several times as large.
-  for (const size_t count : {size_t{100'000}, size_t{200'000}, size_t{100'000}, size_t{700'000}, size_t{10}}) {
-    std::vector<int32_t> positions(count);
-    for (int32_t& position : positions) position = static_cast<int32_t>(random.below(1000));
-    expect_same_on_both(std::to_string(count) + " positions", [&](Place& place) {
-      const Tensor angles = place.zeros(DType::kF32, {static_cast<int64_t>(count), 1, 2});
-      const std::span<const int32_t> all(positions);
-      for (const size_t part : {count / 2, count - count / 4, count}) {  // one stream: what comes first is overwritten
-        rope_angles(place.stream, all.first(part), place.put(inv_freq), angles.rows(0, static_cast<int64_t>(part)));
-      }
-      return std::vector<Tensor>{angles};
+  for (const size_t count : {size_t{60'000}, size_t{100'000}, size_t{60'000}, size_t{400'000}, size_t{10}}) {
+    const std::vector<int32_t> from(count, 0), to(count, 1);
+    expect_same_on_both(std::to_string(count) + " copies", [&](Place& place) {
+      const KvLayer cache = {.keys = place.put(blocks),
+                             .values = place.put(blocks.tensor.reshaped({2, 1, kKvBlockTokens, 2}))};
+      for (int i = 0; i < 3; ++i) copy_blocks(place.stream, from, to, cache);
+      return std::vector<Tensor>{cache.keys, cache.values};
     });
   }
+}
+
+TEST(CudaQueue, CopiesRowsIntoTheFrontOfLongerOnes) {
+  Random random(17);
+  const Owned rows = random.f32({3, 5});
+  expect_same_on_both("rows", [&](Place& place) {
+    const Tensor longer = place.zeros(DType::kF32, {3, 9});
+    queue_copy(place.stream, place.put(rows), longer);
+    return std::vector<Tensor>{longer};
+  });
+}
+
+TEST(CudaQueue, CopiesFromAndToPageLockedMemory) {
+  Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
+  Place place(stream);
+  const Buffer locked = Buffer::page_locked(64, stream);
+  const Tensor host = locked.tensor(DType::kI32, {16});
+  EXPECT_EQ(host.device(), Device::kCpu);
+  std::iota(host.as<int32_t>(), host.as<int32_t>() + 16, 1);
+  const Tensor there = place.zeros(DType::kI32, {16});
+  queue_copy(stream, host, there);
+  stream.synchronize();
+  std::fill_n(host.as<int32_t>(), 16, 0);
+  queue_copy(stream, there, host);
+  stream.synchronize();
+  for (int i = 0; i < 16; ++i) EXPECT_EQ(host.as<int32_t>()[i], i + 1);
+}
+
+// Doubles the values of `numbers` by a kernel that adds them to themselves.
+void double_all(Stream& stream, const Tensor& numbers, const Tensor& sums) {
+  const Tensor both[] = {numbers, numbers};
+  const std::vector<int> program = {0, 1, kAdd};
+  tree_sum(stream, both, program, sums);
+  queue_copy(stream, sums, numbers);
+}
+
+TEST(CudaGraph, DoesWhatWasRecordedWithWhatLiesThereNow) {
+  Random random(15);
+  Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
+  Place place(stream);
+  Owned host = random.f32({2, 5});
+  const Tensor numbers = place.put(host), sums = place.zeros(DType::kF32, {2, 5});
+  double_all(stream, numbers, sums);
+  const Graph graph(stream, [&] { double_all(stream, numbers, sums); });
+  Owned before(DType::kF32, {2, 5}), after(DType::kF32, {2, 5});
+  copy(stream, numbers, before);
+  for (int64_t i = 0; i < 10; ++i) ASSERT_EQ(value_at(before, i), 2 * value_at(host, i)) << "recording does nothing";
+  graph.launch();
+  graph.launch();
+  copy(stream, numbers, after);
+  for (int64_t i = 0; i < 10; ++i) ASSERT_EQ(value_at(after, i), 8 * value_at(host, i));
+}
+
+TEST(CudaGraphDeathTest, RefusesToRecordWhatBelongsToOneStep) {
+  Random random(16);
+  Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
+  Place place(stream);
+  const Owned host = random.f32({2, 5});
+  const Tensor numbers = place.put(host), sums = place.zeros(DType::kF32, {2, 5});
+  EXPECT_DEATH(Graph(stream, [&] { double_all(stream, numbers, sums); }), "a constant was to be copied");
+  EXPECT_DEATH(Graph(stream, [&] { copy(stream, host, numbers); }), "the queue was to be waited for");
 }
 
 TEST(CudaBuffers, AreZeroedAndRefusedBeyondTheDevicesMemory) {

@@ -15,11 +15,12 @@ namespace octet {
 namespace {
 
 std::vector<DrivenOutput> outputs_of(const Checkpoint& checkpoint, int ranks, ActivationMode activations,
-                                     const cuda::ModuleTable* module,
-                                     Arithmetic arithmetic = Arithmetic::kReproducible) {
+                                     const cuda::ModuleTable* module, Arithmetic arithmetic = Arithmetic::kReproducible,
+                                     bool record_steps = false) {
   const auto group = ThreadWorkerGroup::start(checkpoint, {.ranks = ranks,
                                                            .stream = {.threads = 1, .isa = best_isa(), .spin = false},
                                                            .cuda = module,
+                                                           .record_steps = record_steps,
                                                            .activations = activations,
                                                            .memory = {.kv_memory_bytes = 1 << 20,
                                                                       .max_context = 64,
@@ -35,7 +36,8 @@ std::vector<DrivenOutput> outputs_of(const Checkpoint& checkpoint, int ranks, Ac
        .sampling = {.top_logprobs = 3},
        .chunk = 9},
       {.prompt = {5, 3}, .max_tokens = 4, .sampling = {.temperature = 0.8f, .seed = 7}, .score_top = 1},
-      {.prompt = {2, 2, 2, 40}, .max_tokens = 2, .arrival_step = 2}};
+      {.prompt = {2, 2, 2, 40}, .max_tokens = 5, .arrival_step = 2},
+      {.prompt = {9}, .max_tokens = 7, .arrival_step = 1}};
   return drive(**group, (*group)->plan().limits, requests);
 }
 
@@ -73,6 +75,18 @@ TEST_P(CudaWorker, AnswersNearlyTheSameInFastArithmetic) {
     // A tenth: FP8 inputs that are scaled by rank instead of by slice differ by up to 2^-4 of each value.
     for (size_t i = 0; i < here.size(); ++i) EXPECT_NEAR(here[i].logprob, there[i].logprob, 0.1) << ranks << " ranks";
   }
+}
+
+TEST_P(CudaWorker, RecordedStepsHaveTheBitsOfOthers) {
+  const auto module = cuda::open_module(OCTET_EMULATED_CUDA);
+  ASSERT_TRUE(module.ok()) << module.status();
+  const auto checkpoint = Checkpoint::open(write_random_model({.hidden_size = 48, .intermediate_size = 76}));
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  const std::vector<DrivenOutput> expected = outputs_of(*checkpoint, 1, GetParam(), *module);
+  const std::vector<DrivenOutput> actual =
+      outputs_of(*checkpoint, 1, GetParam(), *module, Arithmetic::kReproducible, true);
+  ASSERT_EQ(actual.size(), expected.size());
+  for (size_t i = 0; i < expected.size(); ++i) EXPECT_EQ(difference(actual[i], expected[i]), "") << "request " << i;
 }
 
 INSTANTIATE_TEST_SUITE_P(BothActivations, CudaWorker, testing::Values(ActivationMode::kBF16, ActivationMode::kFP8),

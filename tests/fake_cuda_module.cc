@@ -21,6 +21,12 @@ constexpr ModuleTable kTable = {
     .synchronize = nullptr,
     .allocate = nullptr,
     .release = nullptr,
+    .allocate_page_locked = nullptr,
+    .release_page_locked = nullptr,
+    .begin_recording = nullptr,
+    .end_recording = nullptr,
+    .launch_recorded = nullptr,
+    .release_recorded = nullptr,
     .backend = nullptr,
 };
 

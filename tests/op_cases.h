@@ -31,6 +31,11 @@ struct Owned {
   operator const Tensor&() const { return tensor; }
 };
 
+// A vector's numbers as a tensor; nothing writes to it.
+inline Tensor view_of(const std::vector<int32_t>& numbers) {
+  return Tensor(const_cast<int32_t*>(numbers.data()), DType::kI32, {static_cast<int64_t>(numbers.size())});
+}
+
 class Random {
  public:
   explicit Random(uint64_t seed) : engine_(seed) {}
@@ -134,7 +139,16 @@ struct CacheCase {
   }
 
   KvLayer cache() const { return {keys, values}; }
-  AttentionBatch batch() const { return {positions, sequence_of, ends, table, max_blocks}; }
+  AttentionBatch batch() const { return batch_of(positions, sequence_of, ends); }
+  // Other tokens over the same sequences.
+  AttentionBatch batch_of(const std::vector<int32_t>& positions, const std::vector<int32_t>& sequence_of,
+                          const std::vector<int32_t>& ends) const {
+    return {.positions = view_of(positions),
+            .sequence_of = view_of(sequence_of),
+            .sequence_ends = view_of(ends),
+            .block_tables = view_of(table).reshaped({static_cast<int64_t>(table.size()) / max_blocks, max_blocks}),
+            .context = *std::ranges::max_element(positions) + 1};
+  }
 
   int64_t kv_heads, max_blocks, blocks;
   Owned keys, values;

@@ -730,7 +730,7 @@ TEST(CopyRows, CopiesRows) {
   const std::vector<int32_t> ids = {3, 3, 49, 0};
   const Owned out = same_everywhere("copy_rows", [&](Stream& stream) {
     Owned copied(DType::kBF16, {4, 33});
-    copy_rows(stream, table, ids, copied);
+    copy_rows(stream, table, view_of(ids), copied);
     return copied;
   });
   for (size_t i = 0; i < ids.size(); ++i) {
@@ -855,7 +855,9 @@ TEST(Attention, ATokenNeverDependsOnItsChunkOrItsBatch) {
         positions.push_back(setup.positions[tokens[i]]);
         sequence_of.push_back(setup.sequence_of[tokens[i]]);
       }
-      attention(stream, q, setup.cache(), {positions, sequence_of, {}, setup.table, setup.max_blocks}, out);
+      std::vector<int32_t> ends = {static_cast<int32_t>(end - first)};
+      if (ends.front() < static_cast<int32_t>(tokens.size())) ends.push_back(static_cast<int32_t>(tokens.size()));
+      attention(stream, q, setup.cache(), setup.batch_of(positions, sequence_of, ends), out);
       for (size_t i = 0; i < tokens.size(); ++i) {
         expect_same_bits(out.tensor.rows(i, i + 1), whole.tensor.rows(tokens[i], tokens[i] + 1),
                          to_string(machine) + " token " + std::to_string(tokens[i]));
@@ -888,7 +890,7 @@ TEST(RopeAndCache, MatchesTheReferenceAndWritesOnlyItsPositions) {
       return out;
     };
     Owned angles(DType::kF32, {tokens, head_dim / 2, 2});
-    reference::rope_angles(setup.positions, inv_freq, angles);
+    reference::rope_angles(setup.batch().positions, inv_freq, angles);
     const auto expected = run([&](const KvLayer& cache, const Tensor& q_out) {
       reference::rope_and_cache(q, k, v, angles, setup.batch(), q_out, cache);
     });
@@ -896,7 +898,7 @@ TEST(RopeAndCache, MatchesTheReferenceAndWritesOnlyItsPositions) {
     for (const Machine& machine : machines()) {
       Stream stream = stream_of(machine);
       Owned my_angles(DType::kF32, {tokens, head_dim / 2, 2});
-      rope_angles(stream, setup.positions, inv_freq, my_angles);
+      rope_angles(stream, setup.batch().positions, inv_freq, my_angles);
       expect_same_bits(my_angles, angles, "angles");
       auto actual = run([&](const KvLayer& cache, const Tensor& q_out) {
         rope_and_cache(stream, q, k, v, my_angles, setup.batch(), q_out, cache);
@@ -918,7 +920,7 @@ TEST(RopeAngles, ReducesFarAnglesFully) {
   inv_freq.tensor.as<float>()[0] = 1.0f;
   Owned out(DType::kF32, {1, 1, 2});
   const std::vector<int32_t> positions = {131071};
-  rope_angles(stream, positions, inv_freq, out);
+  rope_angles(stream, view_of(positions), inv_freq, out);
   EXPECT_FLOAT_EQ(value_at(out, 0), static_cast<float>(std::cos(131071.0)));
   EXPECT_FLOAT_EQ(value_at(out, 1), static_cast<float>(std::sin(131071.0)));
 }

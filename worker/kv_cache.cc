@@ -9,8 +9,8 @@ int64_t KvCache::block_bytes(const ModelConfig& config, const ShardSpec& shard) 
 }
 
 KvCache::KvCache(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int32_t blocks)
-    : keys_shape_({blocks, shard.kv_heads(), config.head_dim / 2, kKvBlockTokens, 2}),
-      values_shape_({blocks, shard.kv_heads(), kKvBlockTokens, config.head_dim}),
+    : keys_shape_({blocks + padding_blocks(stream.device()), shard.kv_heads(), config.head_dim / 2, kKvBlockTokens, 2}),
+      values_shape_({blocks + padding_blocks(stream.device()), shard.kv_heads(), kKvBlockTokens, config.head_dim}),
       layer_bytes_((keys_shape_.elements() + values_shape_.elements()) * size_of(DType::kBF16)),
       blocks_(blocks),
       device_(stream.device()),

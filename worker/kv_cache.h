@@ -15,10 +15,15 @@ class KvCache {
   // Bytes of one block of kKvBlockTokens positions on this rank, all layers.
   static int64_t block_bytes(const ModelConfig& config, const ShardSpec& shard);
 
+  // Blocks beyond those that sequences have.
+  static int32_t padding_blocks(Device device) { return device == Device::kCuda ? 1 : 0; }
+
   // Where `stream`, which outlives it, computes.
   KvCache(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int32_t blocks);
 
   int32_t blocks() const { return blocks_; }
+  // A block beyond those, for the tokens that pad a recorded step. REQUIRES: the stream computes on a CUDA device.
+  int32_t padding_block() const { return blocks_; }
   KvLayer layer(int64_t index) const;
 
  private:

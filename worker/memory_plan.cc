@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "worker/decode_batch.h"
 #include "worker/kv_cache.h"
 #include "worker/model/transformer.h"
 #include "worker/sampler.h"
@@ -39,7 +40,13 @@ absl::StatusOr<RankBytes> bytes_without_cache(const WeightFormats& formats, cons
   const absl::StatusOr<ShardSpec> shard = ShardSpec::make(config, rank, ranks);
   if (!shard.ok()) return shard.status();
   const auto scratch = [&] {
-    return StepScratch::bytes(config, *shard, options.arithmetic, options.max_step_tokens) +
+    const int64_t max_context = options.max_context.value_or(config.max_position_embeddings);
+    const int64_t recorded = options.device == Device::kCpu
+                                 ? 0
+                                 : DecodeBatch::bytes(options.max_sequences, max_context) +
+                                       KvCache::padding_blocks(options.device) * KvCache::block_bytes(config, *shard);
+    return StepScratch::bytes(config, *shard, options.arithmetic, options.max_step_tokens, options.max_sequences) +
+           PlacedBatch::bytes(options.max_step_tokens, options.max_sequences, max_context) + recorded +
            threads * Sampler::bytes(config.vocab_size) + options.window_bytes;
   };
   return RankBytes{.weights = ModelWeights::plan(formats, *shard),

@@ -22,6 +22,7 @@ struct MemoryOptions {
   int32_t max_sequences = 64;          // slots
   int32_t max_step_tokens = 512;
   int64_t default_contexts = kDefaultContexts;
+  Device device = Device::kCpu;                       // that ranks compute on
   int64_t window_bytes = 0;                           // this rank's part of the collective window
   Arithmetic arithmetic = Arithmetic::kReproducible;  // how many partial results the sums over ranks take
   double usable_share = 0.92;  // of the memory that is available; the rest is for the operating system, MPI and gRPC
@@ -38,7 +39,7 @@ struct RankResources {
 // One rank's bytes.
 struct RankBytes {
   WeightBytes weights;
-  int64_t scratch = 0;  // activations, logits, samplers and the collective window; or the reserve
+  int64_t scratch = 0;  // activations, logits, samplers, batches and the collective window; or the reserve
   int64_t kv_cache = 0;
   int64_t total() const { return weights.total() + scratch + kv_cache; }
 };

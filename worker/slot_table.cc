@@ -164,6 +164,7 @@ absl::Status SlotTable::take_run(const SlotTokens& run) {
     batch_.positions.push_back(slot.next_position++);
     batch_.sequence_of.push_back(static_cast<int32_t>(batch_slots_.size()));
   }
+  batch_.context = std::max(batch_.context, slot.next_position);
   batch_slots_.push_back(run.slot);
   batch_.sequence_ends.push_back(static_cast<int32_t>(batch_.token_count()));
   want_logits(run);
@@ -213,15 +214,14 @@ absl::Status SlotTable::take_mask(const SlotMask& mask) {
   return absl::OkStatus();
 }
 
-// Every sequence's table, padded to the longest.
+// Every sequence's table, as far as the longest context goes.
 void SlotTable::lay_out_tables() {
-  for (const int32_t slot : batch_slots_) {
-    batch_.max_blocks = std::max(batch_.max_blocks, static_cast<int64_t>(slots_[slot].blocks.size()));
-  }
+  batch_.max_blocks = (batch_.context + limits_.block_tokens - 1) / limits_.block_tokens;
   batch_.block_tables.assign(batch_slots_.size() * batch_.max_blocks, 0);
   for (size_t i = 0; i < batch_slots_.size(); ++i) {
     const std::vector<int32_t>& blocks = slots_[batch_slots_[i]].blocks;
-    std::copy(blocks.begin(), blocks.end(), batch_.block_tables.begin() + i * batch_.max_blocks);
+    const auto count = std::min<int64_t>(batch_.max_blocks, static_cast<int64_t>(blocks.size()));
+    std::copy_n(blocks.begin(), count, batch_.block_tables.begin() + i * batch_.max_blocks);
   }
 }
 

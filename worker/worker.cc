@@ -21,7 +21,7 @@ struct Worker::Impl {
         communicator(communicator, recorder),
         recorder(recorder),
         cache(std::move(cache)),
-        transformer(stream, this->communicator, config, shard, weights, limits.max_step_tokens),
+        transformer(stream, this->communicator, config, shard, weights, limits),
         samplers(stream.threads(), Sampler(stream)),
         slots(limits) {
     for (Sampler& sampler : samplers) sampler.reserve(limits.vocab_size);
@@ -55,7 +55,7 @@ absl::Status Worker::Impl::read_logits(StepResult* result) {
   const std::span<const RowUse> uses = slots.uses();
   for (size_t first = 0; first < uses.size(); first += kLogitRows) {
     const size_t count = std::min<size_t>(kLogitRows, uses.size() - first);
-    const auto rows = transformer.logits(std::span(slots.batch().logit_rows).subspan(first, count));
+    const auto rows = transformer.logits(static_cast<int64_t>(first), static_cast<int64_t>(count));
     for (size_t i = 0; i < count; ++i) {
       if (std::isfinite(rows[i].log_sum_exp)) continue;
       const RowUse& use = uses[first + i];
@@ -100,6 +100,16 @@ Worker::Worker(Stream& stream, Communicator& communicator, const ModelConfig& co
 }
 
 Worker::~Worker() = default;
+
+absl::Status Worker::record_steps(const std::function<void(int64_t, int64_t)>& progress) {
+  if (impl_->stream.device() != Device::kCuda) return absl::FailedPreconditionError("the CPU runs steps op by op");
+  if (!impl_->communicator.on_device()) {
+    return absl::FailedPreconditionError(
+        "steps run without CUDA graphs: the ranks meet in the host's memory, which a graph cannot wait for");
+  }
+  impl_->transformer.record_decode(impl_->cache, progress);
+  return absl::OkStatus();
+}
 
 StepResult Worker::run(const StepPlan& plan) {
   const auto begin = std::chrono::steady_clock::now();

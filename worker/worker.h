@@ -2,8 +2,10 @@
 // same plan and gets the same result, bit for bit. Only the worker thread calls run().
 #pragma once
 
+#include <functional>
 #include <memory>
 
+#include "absl/status/status.h"
 #include "kernels/memory.h"
 #include "worker/collective/communicator.h"
 #include "worker/flight_recorder.h"
@@ -21,6 +23,10 @@ class Worker {
   Worker(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
          const ModelWeights& weights, KvCache cache, const WorkerLimits& limits, FlightRecorder* recorder = nullptr);
   ~Worker();
+
+  // Lets steps of one token of each sequence run as recorded graphs, and says of each when it is recorded. Collective,
+  // before the first run(). FAILED_PRECONDITION, with the reason, where they cannot: steps then run op by op.
+  absl::Status record_steps(const std::function<void(int64_t done, int64_t total)>& progress);
 
   // A plan that breaks its contract (unknown slot, block or token out of range, gap in positions) and a NaN in the
   // logits come back as StepResult::error. The same on every rank, but for the timing.

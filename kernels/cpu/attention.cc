@@ -35,7 +35,11 @@ class AttentionPass {
   AttentionPass(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out)
       : stream_(stream),
         kernels_(stream.kernels()),
-        batch_(batch),
+        positions_(batch.positions.as<int32_t>()),
+        sequence_of_(batch.sequence_of.as<int32_t>()),
+        block_tables_(batch.block_tables.as<int32_t>()),
+        tokens_(batch.tokens()),
+        max_blocks_(batch.max_blocks()),
         q_(q.as<uint16_t>()),
         out_(out.as<uint16_t>()),
         keys_(cache.keys.as<uint16_t>()),
@@ -58,7 +62,7 @@ class AttentionPass {
 
  private:
   int64_t position(const Item& item, int row) const {
-    return batch_.positions[item.first_token + (item.first_row + row) / heads_per_kv_];
+    return positions_[item.first_token + (item.first_row + row) / heads_per_kv_];
   }
   // Where a row's head starts in q and out.
   int64_t offset(const Item& item, int row) const {
@@ -72,9 +76,8 @@ class AttentionPass {
   // Calls body(first_token, end_token) for each run of tokens of one sequence.
   template <typename Body>
   void for_sequences(const Body& body) const {
-    const int64_t tokens = static_cast<int64_t>(batch_.sequence_of.size());
-    for (int64_t first = 0, end = 0; first < tokens; first = end) {
-      while (end < tokens && batch_.sequence_of[end] == batch_.sequence_of[first]) ++end;
+    for (int64_t first = 0, end = 0; first < tokens_; first = end) {
+      while (end < tokens_ && sequence_of_[end] == sequence_of_[first]) ++end;
       body(first, end);
     }
   }
@@ -193,8 +196,8 @@ class AttentionPass {
 
   void attend_chunk(const Item& item, int64_t chunk, const int32_t* valid, const Scratch& memory, float* max,
                     float* sum) {
-    const int64_t sequence = batch_.sequence_of[item.first_token];
-    const int32_t* const table = batch_.block_tables.data() + sequence * batch_.max_blocks + chunk * kBlocksOfChunk;
+    const int64_t sequence = sequence_of_[item.first_token];
+    const int32_t* const table = block_tables_ + sequence * max_blocks_ + chunk * kBlocksOfChunk;
     const int64_t blocks = (valid[item.rows - 1] + kKvBlockTokens - 1) / kKvBlockTokens;
     const uint16_t* keys[kBlocksOfChunk];
     const uint16_t* values[kBlocksOfChunk];
@@ -233,7 +236,11 @@ class AttentionPass {
 
   Stream& stream_;
   const KernelTable& kernels_;
-  const AttentionBatch& batch_;
+  const int32_t* const positions_;
+  const int32_t* const sequence_of_;
+  const int32_t* const block_tables_;
+  const int64_t tokens_;
+  const int64_t max_blocks_;
   const uint16_t* const q_;
   uint16_t* const out_;
   const uint16_t* const keys_;
@@ -258,14 +265,17 @@ void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tens
   const int64_t heads = q.dim(1);
   const int64_t kv_heads = k.dim(1);
   const int head_dim = static_cast<int>(q.dim(2));
+  const int32_t* const positions = batch.positions.as<int32_t>();
+  const int32_t* const sequence_of = batch.sequence_of.as<int32_t>();
+  const int32_t* const tables = batch.block_tables.as<int32_t>();
   stream.pool().parallel_for(q.dim(0), (q.elements() + 2 * k.elements()) / 2, [&](int64_t token, int) {
     const float* const angles = cos_sin.as<float>() + token * head_dim;
     for (int64_t head = 0; head < heads; ++head) {
       const int64_t at = (token * heads + head) * head_dim;
       kernels.rope_head(q.as<float>() + at, angles, head_dim, q_out.as<uint16_t>() + at);
     }
-    const int64_t position = batch.positions[token];
-    const int64_t block = batch.block_tables[batch.sequence_of[token] * batch.max_blocks + position / kKvBlockTokens];
+    const int64_t position = positions[token];
+    const int64_t block = tables[sequence_of[token] * batch.max_blocks() + position / kKvBlockTokens];
     const int64_t slot = position % kKvBlockTokens;
     for (int64_t head = 0; head < kv_heads; ++head) {
       const int64_t at = (token * kv_heads + head) * head_dim;

@@ -6,6 +6,7 @@ namespace octet::cpu {
 
 const Backend& backend() {
   static constexpr Backend kBackend = {.copy = copy,
+                                       .queue_copy = queue_copy,
                                        .pack_rows = pack_rows,
                                        .quantize = quantize,
                                        .linear = linear,

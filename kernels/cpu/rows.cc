@@ -30,6 +30,16 @@ void copy(Stream&, const Tensor& from, const Tensor& to) {
   std::memcpy(to.data(), from.data(), static_cast<size_t>(from.bytes()));
 }
 
+void queue_copy(Stream& stream, const Tensor& from, const Tensor& to) {
+  const int64_t columns = from.dim(from.shape().rank() - 1) * size_of(from.dtype());
+  const int64_t stride = to.dim(to.shape().rank() - 1) * size_of(to.dtype());
+  if (columns == stride) return cpu::copy(stream, from, to);
+  for (int64_t row = 0; row < from.bytes() / columns; ++row) {
+    std::memcpy(static_cast<char*>(to.data()) + row * stride, static_cast<char*>(from.data()) + row * columns,
+                static_cast<size_t>(columns));
+  }
+}
+
 void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
               const Activations& out) {
   const int64_t n = x.dim(1);
@@ -82,12 +92,13 @@ void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const in
   });
 }
 
-void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out) {
+void copy_rows(Stream& stream, const Tensor& table, const Tensor& row_ids, const Tensor& out) {
   const int64_t n = table.dim(1);
+  const int32_t* const ids = row_ids.as<int32_t>();
   const uint16_t* const from = table.as<uint16_t>();
   uint16_t* const to = out.as<uint16_t>();
-  stream.pool().parallel_for(static_cast<int64_t>(row_ids.size()), out.elements() / 4, [&](int64_t row, int) {
-    std::memcpy(to + row * n, from + row_ids[row] * n, n * sizeof(uint16_t));
+  stream.pool().parallel_for(row_ids.dim(0), out.elements() / 4, [&](int64_t row, int) {
+    std::memcpy(to + row * n, from + ids[row] * n, n * sizeof(uint16_t));
   });
 }
 
@@ -123,14 +134,15 @@ void silu_mul_and_quantize(Stream& stream, const Tensor& gate, const Tensor& up,
   cpu::quantize(stream, gated, scheme, group_ends, out);
 }
 
-void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin) {
+void rope_angles(Stream& stream, const Tensor& positions, const Tensor& inv_freq, const Tensor& cos_sin) {
   const int64_t half = inv_freq.dim(0);
+  const int32_t* const at = positions.as<int32_t>();
   const float* const frequencies = inv_freq.as<float>();
   float* const to = cos_sin.as<float>();
-  stream.pool().parallel_for(static_cast<int64_t>(positions.size()), cos_sin.elements() * 20, [&](int64_t token, int) {
+  stream.pool().parallel_for(positions.dim(0), cos_sin.elements() * 20, [&](int64_t token, int) {
     for (int64_t j = 0; j < half; ++j) {
       // The angle is an FP32 product, as references have it; its sine and cosine are then exact to FP32.
-      const double angle = static_cast<float>(positions[token]) * frequencies[j];
+      const double angle = static_cast<float>(at[token]) * frequencies[j];
       to[(token * half + j) * 2] = static_cast<float>(std::cos(angle));
       to[(token * half + j) * 2 + 1] = static_cast<float>(std::sin(angle));
     }

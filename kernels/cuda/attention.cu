@@ -45,13 +45,13 @@ struct Cache {
   }
 };
 
-Cache uploaded(Queue& queue, const KvLayer& cache, const AttentionBatch& batch) {
+Cache arguments(const KvLayer& cache, const AttentionBatch& batch) {
   return {.keys = cache.keys.as<uint16_t>(),
           .values = cache.values.as<uint16_t>(),
-          .positions = queue.upload(batch.positions),
-          .sequence_of = queue.upload(batch.sequence_of),
-          .block_tables = queue.upload(batch.block_tables),
-          .max_blocks = batch.max_blocks,
+          .positions = batch.positions.as<int32_t>(),
+          .sequence_of = batch.sequence_of.as<int32_t>(),
+          .block_tables = batch.block_tables.as<int32_t>(),
+          .max_blocks = batch.max_blocks(),
           .kv_heads = static_cast<int>(cache.values.dim(1)),
           .head_dim = static_cast<int>(cache.values.dim(3))};
 }
@@ -227,26 +227,29 @@ __device__ float weigh(const Attend& a, const Rows& rows, int chunk, int valid, 
   return sum;
 }
 
-template <bool kOneChunk>
+// Every gridDim.y-th chunk where blocks share a context (a block whose first chunk is beyond it has nothing to do, so
+// the grid need not know how long contexts are), else all of them.
+template <bool kShared>
 __global__ void attend_kernel(Attend a) {
   __shared__ ChunkMemory memory;
   const Rows rows = rows_of_block(a);
   const int dim = a.cache.head_dim, elements = rows.count * dim;
   const int last_chunk = rows.position / kChunk;
-  const int first = kOneChunk ? static_cast<int>(blockIdx.y) : 0, end = kOneChunk ? first + 1 : last_chunk + 1;
+  const int first = kShared ? static_cast<int>(blockIdx.y) : 0;
+  const int stride = kShared ? static_cast<int>(gridDim.y) : 1;
   if (first > last_chunk) return;
   for (int i = threadIdx.x; i < elements; i += blockDim.x) {
     memory.q[i / dim][i % dim] = bf16_to_float(a.q[(rows.token * a.heads + rows.first_head) * dim + i]);
   }
   __syncthreads();
   float total[kPerThread] = {};
-  for (int chunk = first; chunk < end; ++chunk) {
+  for (int chunk = first; chunk <= last_chunk; chunk += stride) {
     const int valid = lesser(kChunk, rows.position + 1 - chunk * kChunk);
     score(a, rows, chunk, valid, memory);
     __syncthreads();
     softmax(rows, valid, memory);
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < rows.count) {
+    if (!kShared && static_cast<int>(threadIdx.x) < rows.count) {
       Running& running = memory.running[threadIdx.x];
       if (chunk == first) {
         running = memory.chunk[threadIdx.x];
@@ -259,24 +262,27 @@ __global__ void attend_kernel(Attend a) {
     for (int i = 0; i < kPerThread; ++i) {
       const int at = i * kThreads + static_cast<int>(threadIdx.x);
       if (at >= elements) break;
-      const float weighed = weigh(a, rows, chunk, valid, memory.scores[at / dim], at % dim);
-      total[i] = chunk == first ? weighed : merge(total[i], weighed, memory.factors[at / dim]);
+      const int row = at / dim, d = at % dim;
+      const float weighed = weigh(a, rows, chunk, valid, memory.scores[row], d);
+      if constexpr (kShared) {
+        float* const to = a.partial(rows.token, rows.first_head + row, chunk);
+        if (d == 0) {
+          to[0] = memory.chunk[row].max;
+          to[1] = memory.chunk[row].sum;
+        }
+        to[2 + d] = weighed;
+      } else {
+        total[i] = chunk == first ? weighed : merge(total[i], weighed, memory.factors[row]);
+      }
     }
     __syncthreads();
   }
+  if constexpr (!kShared) {
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int at = i * kThreads + static_cast<int>(threadIdx.x);
-    if (at >= elements) break;
-    const int row = at / dim, d = at % dim;
-    if constexpr (kOneChunk) {
-      float* const to = a.partial(rows.token, rows.first_head + row, first);
-      if (d == 0) {
-        to[0] = memory.running[row].max;
-        to[1] = memory.running[row].sum;
-      }
-      to[2 + d] = total[i];
-    } else {
+    for (int i = 0; i < kPerThread; ++i) {
+      const int at = i * kThreads + static_cast<int>(threadIdx.x);
+      if (at >= elements) break;
+      const int row = at / dim, d = at % dim;
       a.out[(rows.token * a.heads + rows.first_head + row) * dim + d] =
           float_to_bf16(__fdiv_rn(total[i], memory.running[row].sum));
     }
@@ -319,10 +325,10 @@ __global__ void copy_blocks_kernel(BlockCopies a) {
 
 }  // namespace
 
-void rope_angles(Stream& stream, std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin) {
+void rope_angles(Stream& stream, const Tensor& positions, const Tensor& inv_freq, const Tensor& cos_sin) {
   if (cos_sin.elements() == 0) return;
   Queue& queue = queue_of(stream);
-  queue.launch(rope_angles_kernel, blocks_for(cos_sin.elements() / 2, kThreads), kThreads, queue.upload(positions),
+  queue.launch(rope_angles_kernel, blocks_for(cos_sin.elements() / 2, kThreads), kThreads, positions.as<int32_t>(),
                inv_freq.as<float>(), cos_sin.as<float>(), cos_sin.dim(0), cos_sin.dim(1));
 }
 
@@ -336,7 +342,7 @@ void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tens
                     .v = v.as<float>(),
                     .cos_sin = cos_sin.as<float>(),
                     .q_out = q_out.as<uint16_t>(),
-                    .cache = uploaded(queue, cache, batch),
+                    .cache = arguments(cache, batch),
                     .heads = static_cast<int>(q.dim(1))});
 }
 
@@ -344,10 +350,10 @@ void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const Atte
   const int64_t tokens = q.dim(0), heads = q.dim(1), head_dim = q.dim(2), kv_heads = cache.values.dim(1);
   if (tokens == 0) return;
   Queue& queue = queue_of(stream);
-  const int64_t chunks = *std::max_element(batch.positions.begin(), batch.positions.end()) / kAttentionChunk + 1;
+  const int64_t chunks = (batch.context + kAttentionChunk - 1) / kAttentionChunk;
   Attend a = {.q = q.as<uint16_t>(),
               .out = out.as<uint16_t>(),
-              .cache = uploaded(queue, cache, batch),
+              .cache = arguments(cache, batch),
               .heads = static_cast<int>(heads),
               .row_tiles = static_cast<int>((heads / kv_heads + kRows - 1) / kRows),
               .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))),
@@ -360,7 +366,8 @@ void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const Atte
     return;
   }
   a.partials = static_cast<float*>(queue.scratch(partial_bytes));
-  queue.launch(attend_kernel<true>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)), kThreads, a);
+  const unsigned shares = static_cast<unsigned>(std::min(chunks, 2 * kFewBlocks / blocks));
+  queue.launch(attend_kernel<true>, dim3(static_cast<unsigned>(blocks), shares), kThreads, a);
   queue.launch(merge_kernel, static_cast<unsigned>(tokens * heads), kThreads, a);
 }
 

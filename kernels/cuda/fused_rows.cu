@@ -199,7 +199,7 @@ void silu_mul_and_quantize(Stream& stream, const Tensor& gate, const Tensor& up,
                      .up = up.as<float>(),
                      .gated = gated.as<uint16_t>(),
                      .to = codes_of(scheme, out),
-                     .group_ends = queue.upload(group_ends),
+                     .group_ends = queue.constant(group_ends),
                      .n = gate.dim(1),
                      .groups = groups});
 }

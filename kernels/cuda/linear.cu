@@ -110,9 +110,9 @@ void run(Stream& stream, const Activations& x, const Linear& weight, std::span<c
                      .tokens = x.values.dim(0),
                      .columns = weight.in_features,
                      .outputs = weight.out_features,
-                     .leaf_ends = queue.upload(leaf_ends),
+                     .leaf_ends = queue.constant(leaf_ends),
                      .leaves = static_cast<int64_t>(leaf_ends.size()),
-                     .program = queue.upload(program),
+                     .program = queue.constant(program),
                      .program_length = static_cast<int>(program.size())};
   const auto kernel = codes ? (weight_codes ? dots_kernel<uint8_t, uint8_t> : dots_kernel<uint8_t, uint16_t>)
                             : (weight_codes ? dots_kernel<uint16_t, uint8_t> : dots_kernel<uint16_t, uint16_t>);

@@ -52,7 +52,32 @@ void release(Queue* queue, void* data) {
   check(cudaFree(data), "freeing memory");
 }
 
+void* allocate_page_locked(Queue* queue, int64_t bytes) {
+  check(cudaSetDevice(queue->device()), "choosing the device");
+  void* data = nullptr;
+  if (cudaMallocHost(&data, static_cast<size_t>(bytes)) != cudaSuccess) {
+    (void)cudaGetLastError();  // the next call must not find it
+    return nullptr;
+  }
+  std::memset(data, 0, static_cast<size_t>(bytes));
+  return data;
+}
+
+void release_page_locked(Queue* queue, void* data) {
+  queue->synchronize();
+  check(cudaFreeHost(data), "freeing page-locked memory");
+}
+
+void begin_recording(Queue* queue) { queue->begin_recording(); }
+RecordedWork* end_recording(Queue* queue) { return queue->end_recording().release(); }
+void launch_recorded(Queue* queue, RecordedWork* work) { queue->launch(*work); }
+void release_recorded(Queue* queue, RecordedWork* work) {
+  queue->synchronize();
+  delete work;
+}
+
 constexpr Backend kBackend = {.copy = copy,
+                              .queue_copy = queue_copy,
                               .pack_rows = pack_rows,
                               .quantize = quantize,
                               .linear = linear,
@@ -79,6 +104,12 @@ constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .synchronize = synchronize,
                                 .allocate = allocate,
                                 .release = release,
+                                .allocate_page_locked = allocate_page_locked,
+                                .release_page_locked = release_page_locked,
+                                .begin_recording = begin_recording,
+                                .end_recording = end_recording,
+                                .launch_recorded = launch_recorded,
+                                .release_recorded = release_recorded,
                                 .backend = &kBackend};
 
 }  // namespace

@@ -14,6 +14,8 @@ constexpr uint32_t kModuleAbi = 3;
 
 // An ordered queue of work on one device, and the memory its arguments travel through. The module's own.
 class Queue;
+// What was recorded on a queue, ready to be started.
+class RecordedWork;
 
 struct DeviceFacts {
   char name[256];
@@ -35,6 +37,15 @@ struct ModuleTable {
   // Zeroed memory on the queue's device, 256-byte aligned; null when it cannot be had.
   void* (*allocate)(Queue* queue, int64_t bytes);
   void (*release)(Queue* queue, void* data);
+  // Zeroed page-locked memory of the host, which the device copies from and to while the host goes on; null when it
+  // cannot be had.
+  void* (*allocate_page_locked)(Queue* queue, int64_t bytes);
+  void (*release_page_locked)(Queue* queue, void* data);
+  // Between the two the queue's ops are recorded and not done. See kernels/graph.h.
+  void (*begin_recording)(Queue* queue);
+  RecordedWork* (*end_recording)(Queue* queue);
+  void (*launch_recorded)(Queue* queue, RecordedWork* work);
+  void (*release_recorded)(Queue* queue, RecordedWork* work);
   const Backend* backend;
 };
 

@@ -6,7 +6,12 @@
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
 #include <span>
+#include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -17,7 +22,20 @@ namespace octet::cuda {
 // Ends the process when the device reports an error; `what` was being done.
 void check(cudaError_t error, const char* what);
 
-// Only one thread at a time calls these, not always the same one.
+// A CUDA graph, ready to be launched.
+class RecordedWork {
+ public:
+  explicit RecordedWork(cudaGraphExec_t graph) : graph_(graph) {}
+  ~RecordedWork() { (void)cudaGraphExecDestroy(graph_); }
+  RecordedWork(const RecordedWork&) = delete;
+  cudaGraphExec_t graph() const { return graph_; }
+
+ private:
+  const cudaGraphExec_t graph_;
+};
+
+// Only one thread at a time calls these, not always the same one. While the queue records, whatever would allocate,
+// wait, or bring an array from the host ends the process.
 class Queue {
  public:
   Queue(int device, Arithmetic arithmetic);
@@ -33,8 +51,14 @@ class Queue {
   // The calling thread's device is this one from here on, and what was uploaded for ops before may go.
   void begin_op();
 
+  // The device's copy of a host array that comes with the model or its cut, not with a step: uploaded when it is first
+  // asked for, kept until the queue goes, at one address for all arrays of equal contents.
+  template <typename T>
+  const T* constant(std::span<const T> values) {
+    return static_cast<const T*>(constant_bytes({reinterpret_cast<const char*>(values.data()), values.size_bytes()}));
+  }
+
   // A copy of a host array on the device, for work queued before the next begin_op(); the host's may change at once.
-  // Arrays of a step travel with each op that reads them; where steps become CUDA graphs they must live on the device.
   template <typename T>
   const T* upload(std::span<const T> values) {
     return static_cast<const T*>(upload_bytes(values.data(), static_cast<int64_t>(values.size_bytes())));
@@ -42,6 +66,10 @@ class Queue {
 
   // Device memory that the next op may use as well, contents undefined.
   void* scratch(int64_t bytes);
+
+  void begin_recording();
+  std::unique_ptr<RecordedWork> end_recording();
+  void launch(const RecordedWork& work);
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments&&... arguments) {
@@ -62,6 +90,7 @@ class Queue {
   static Uploads make_uploads(int64_t bytes);
   static void free_uploads(const Uploads& uploads);
   void* upload_bytes(const void* values, int64_t bytes);
+  const void* constant_bytes(std::string_view bytes);
 
   const int device_;
   const Arithmetic arithmetic_;
@@ -69,9 +98,15 @@ class Queue {
   // Filled from the front; begun anew, when the queue was waited for, at the first op that finds it half full.
   Uploads uploads_;
   int64_t uploads_used_ = 0;
-  std::vector<Uploads> outgrown_;  // which this op's arguments still lie in
+  std::vector<Uploads> outgrown_;                        // which this op's arguments still lie in
+  std::map<std::string, void*, std::less<>> constants_;  // by contents
+  void forbid_while_recording(const char* what) const;
+
+  bool recording_ = false;
+  bool has_recorded_ = false;
   void* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
+  std::vector<void*> outgrown_scratch_;  // which recorded work still uses
 };
 
 // The stream's queue, at the begin of an op.

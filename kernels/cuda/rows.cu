@@ -3,7 +3,6 @@
 // sixteen lanes.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "kernels/backend.h"
 #include "kernels/cuda/arithmetic.cuh"
@@ -101,7 +100,7 @@ __global__ void silu_mul_kernel(const float* gate, const float* up, uint16_t* ou
 }
 
 struct TreeSum {
-  const float* const* pieces;
+  const float* pieces[kMaxPieces];
   const int* program;
   int program_length;
   int64_t n;
@@ -182,25 +181,36 @@ __global__ void softmax_parts_kernel(SoftmaxParts a) {
   }
 }
 
-TreeSum uploaded(Queue& queue, std::span<const Tensor> pieces, std::span<const int> program, int64_t n) {
-  std::vector<const float*> at;
-  for (const Tensor& piece : pieces) at.push_back(piece.as<float>());
-  return {.pieces = queue.upload(std::span<const float* const>(at)),
-          .program = queue.upload(program),
-          .program_length = static_cast<int>(program.size()),
-          .n = n};
+TreeSum arguments(Queue& queue, std::span<const Tensor> pieces, std::span<const int> program, int64_t n) {
+  TreeSum sum = {
+      .pieces = {}, .program = queue.constant(program), .program_length = static_cast<int>(program.size()), .n = n};
+  for (size_t i = 0; i < pieces.size(); ++i) sum.pieces[i] = pieces[i].as<float>();
+  return sum;
 }
 
 }  // namespace
 
 // Waits: a copy from or to the host is over when it returns.
 void copy(Stream& stream, const Tensor& from, const Tensor& to) {
-  Queue& queue = queue_of(stream);
+  cuda::queue_copy(stream, from, to);
+  if (from.device() != to.device()) stream.queue()->synchronize();
+}
+
+void queue_copy(Stream& stream, const Tensor& from, const Tensor& to) {
   const cudaMemcpyKind kind = from.device() == to.device()    ? cudaMemcpyDeviceToDevice
                               : from.device() == Device::kCpu ? cudaMemcpyHostToDevice
                                                               : cudaMemcpyDeviceToHost;
-  check(cudaMemcpyAsync(to.data(), from.data(), static_cast<size_t>(from.bytes()), kind, queue.stream()), "copying");
-  if (kind != cudaMemcpyDeviceToDevice) queue.synchronize();
+  const cudaStream_t queue = queue_of(stream).stream();
+  const auto pitch = [](const Tensor& tensor) {
+    return static_cast<size_t>(tensor.dim(tensor.shape().rank() - 1) * size_of(tensor.dtype()));
+  };
+  if (pitch(from) == pitch(to)) {
+    check(cudaMemcpyAsync(to.data(), from.data(), static_cast<size_t>(from.bytes()), kind, queue), "copying");
+  } else {
+    check(cudaMemcpy2DAsync(to.data(), pitch(to), from.data(), pitch(from), pitch(from),
+                            static_cast<size_t>(from.bytes()) / pitch(from), kind, queue),
+          "copying rows");
+  }
 }
 
 void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends,
@@ -212,7 +222,7 @@ void quantize(Stream& stream, const Tensor& x, const ActivationScheme& scheme, s
                Quantize{.x = x.as<uint16_t>(),
                         .codes = out.values.as<uint8_t>(),
                         .scales = out.scales.as<float>(),
-                        .group_ends = queue.upload(group_ends),
+                        .group_ends = queue.constant(group_ends),
                         .n = x.dim(1),
                         .groups = groups,
                         .dynamic = scheme.kind == ActivationScheme::Kind::kDynamicPerToken,
@@ -225,7 +235,7 @@ void add_tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<cons
   const int64_t n = residual.elements();
   if (n == 0) return;
   Queue& queue = queue_of(stream);
-  queue.launch(add_tree_sum_kernel, blocks_for(n, kThreads), kThreads, uploaded(queue, pieces, program, n),
+  queue.launch(add_tree_sum_kernel, blocks_for(n, kThreads), kThreads, arguments(queue, pieces, program, n),
                residual.as<uint16_t>());
 }
 
@@ -233,15 +243,14 @@ void tree_sum(Stream& stream, std::span<const Tensor> pieces, std::span<const in
   const int64_t n = out.elements();
   if (n == 0) return;
   Queue& queue = queue_of(stream);
-  queue.launch(tree_sum_kernel, blocks_for(n, kThreads), kThreads, uploaded(queue, pieces, program, n),
+  queue.launch(tree_sum_kernel, blocks_for(n, kThreads), kThreads, arguments(queue, pieces, program, n),
                out.as<float>());
 }
 
-void copy_rows(Stream& stream, const Tensor& table, std::span<const int32_t> row_ids, const Tensor& out) {
-  if (row_ids.empty()) return;
-  Queue& queue = queue_of(stream);
-  queue.launch(copy_rows_kernel, static_cast<unsigned>(row_ids.size()), kThreads, table.as<uint16_t>(),
-               queue.upload(row_ids), out.as<uint16_t>(), table.dim(1));
+void copy_rows(Stream& stream, const Tensor& table, const Tensor& row_ids, const Tensor& out) {
+  if (row_ids.dim(0) == 0) return;
+  queue_of(stream).launch(copy_rows_kernel, static_cast<unsigned>(row_ids.dim(0)), kThreads, table.as<uint16_t>(),
+                          row_ids.as<int32_t>(), out.as<uint16_t>(), table.dim(1));
 }
 
 void rms_norm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& out) {
@@ -265,7 +274,7 @@ void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t
   const int64_t groups = static_cast<int64_t>(group_ends.size());
   queue.launch(softmax_parts_kernel, static_cast<unsigned>(logits.dim(0) * groups), kThreads,
                SoftmaxParts{.logits = logits.as<float>(),
-                            .group_ends = queue.upload(group_ends),
+                            .group_ends = queue.constant(group_ends),
                             .parts = parts.as<float>(),
                             .n = logits.dim(1),
                             .groups = groups});

@@ -56,7 +56,7 @@ struct CacheIndex {
 };
 
 CacheIndex index(const KvLayer& cache, const AttentionBatch& batch, int64_t sequence, int64_t position, int64_t head) {
-  const int64_t block = batch.block_tables[sequence * batch.max_blocks + position / kKvBlockTokens];
+  const int64_t block = batch.block_tables.as<int32_t>()[sequence * batch.max_blocks() + position / kKvBlockTokens];
   return {block * cache.values.dim(1) + head, position % kKvBlockTokens, cache.values.dim(3)};
 }
 
@@ -167,12 +167,12 @@ void silu_mul(const Tensor& gate, const Tensor& up, const Tensor& out) {
   }
 }
 
-void rope_angles(std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin) {
+void rope_angles(const Tensor& positions, const Tensor& inv_freq, const Tensor& cos_sin) {
   const int64_t half = inv_freq.dim(0);
-  for (size_t token = 0; token < positions.size(); ++token) {
+  for (int64_t token = 0; token < positions.dim(0); ++token) {
     for (int64_t j = 0; j < half; ++j) {
-      const float angle = static_cast<float>(positions[token]) * element(inv_freq, j);
-      float* const to = cos_sin.as<float>() + (static_cast<int64_t>(token) * half + j) * 2;
+      const float angle = static_cast<float>(positions.as<int32_t>()[token]) * element(inv_freq, j);
+      float* const to = cos_sin.as<float>() + (token * half + j) * 2;
       to[0] = static_cast<float>(std::cos(static_cast<double>(angle)));
       to[1] = static_cast<float>(std::sin(static_cast<double>(angle)));
     }
@@ -188,7 +188,8 @@ void rope_and_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
         q_out.as<uint16_t>()[(token * q.dim(1) + head) * head_dim + d] = to_bf16(rotated(q, cos_sin, token, head, d));
       }
       for (int64_t head = 0; head < k.dim(1); ++head) {
-        const CacheIndex at = index(cache, batch, batch.sequence_of[token], batch.positions[token], head);
+        const CacheIndex at =
+            index(cache, batch, batch.sequence_of.as<int32_t>()[token], batch.positions.as<int32_t>()[token], head);
         cache.keys.as<uint16_t>()[at.key(d)] = to_bf16(rotated(k, cos_sin, token, head, d));
         cache.values.as<uint16_t>()[at.value(d)] = to_bf16(element(v, (token * k.dim(1) + head) * head_dim + d));
       }
@@ -201,11 +202,11 @@ void attention(const Tensor& q, const KvLayer& cache, const AttentionBatch& batc
   const int64_t head_dim = q.dim(2);
   const int64_t heads_per_kv = heads / cache.values.dim(1);
   for (int64_t token = 0; token < q.dim(0); ++token) {
-    const int64_t sequence = batch.sequence_of[token];
+    const int64_t sequence = batch.sequence_of.as<int32_t>()[token];
     for (int64_t head = 0; head < heads; ++head) {
       const int64_t q_at = (token * heads + head) * head_dim;
       std::vector<double> scores;
-      for (int64_t p = 0; p <= batch.positions[token]; ++p) {
+      for (int64_t p = 0; p <= batch.positions.as<int32_t>()[token]; ++p) {
         const CacheIndex at = index(cache, batch, sequence, p, head / heads_per_kv);
         double score = 0;
         for (int64_t d = 0; d < head_dim; ++d) {
@@ -218,7 +219,7 @@ void attention(const Tensor& q, const KvLayer& cache, const AttentionBatch& batc
       for (double& score : scores) sum += score = std::exp(score - max);
       for (int64_t d = 0; d < head_dim; ++d) {
         double weighed = 0;
-        for (int64_t p = 0; p <= batch.positions[token]; ++p) {
+        for (int64_t p = 0; p <= batch.positions.as<int32_t>()[token]; ++p) {
           weighed += scores[p] * element(cache.values, index(cache, batch, sequence, p, head / heads_per_kv).value(d));
         }
         out.as<uint16_t>()[q_at + d] = to_bf16(weighed / sum);

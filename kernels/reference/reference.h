@@ -24,7 +24,7 @@ void linear_over_slices(const Activations& x, const Linear& weight, const SliceR
 void add_tree_sum(std::span<const Tensor> pieces, const Tensor& residual);
 void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Tensor& out);
 void silu_mul(const Tensor& gate, const Tensor& up, const Tensor& out);
-void rope_angles(std::span<const int32_t> positions, const Tensor& inv_freq, const Tensor& cos_sin);
+void rope_angles(const Tensor& positions, const Tensor& inv_freq, const Tensor& cos_sin);
 void rope_and_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
                     const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache);
 void attention(const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out);

@@ -127,6 +127,7 @@ class Machine {
     _mm_setcsr(mode | kFlushDenormals);
     kernel_ = &kernel;
     blockDim = block;
+    gridDim = grid;
     prepare_fibers(block);
     for (unsigned z = 0; z < grid.z; ++z) {
       for (unsigned y = 0; y < grid.y; ++y) {

@@ -19,6 +19,9 @@
 #include <cstring>
 #include <functional>
 #include <span>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -68,7 +71,7 @@ int lane();
 }  // namespace cuda_emulation
 
 // Of the thread that runs.
-inline constinit thread_local dim3 threadIdx, blockIdx, blockDim;
+inline constinit thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 // ---- Device functions
 
@@ -107,12 +110,36 @@ inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, 
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
 
-// ---- Host functions: they do at once what a stream would do later
+// ---- Host functions: they do at once what a stream would do later, unless it records
 
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum { cudaStreamNonBlocking };
-using cudaStream_t = int*;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+
+namespace cuda_emulation {
+
+using Work = std::function<void()>;
+struct Stream {
+  bool records = false;
+  std::vector<Work> recorded;
+
+  // Does `work`, or takes it down. It holds by value what it is given.
+  cudaError_t put(Work work) {
+    if (records) {
+      recorded.push_back(std::move(work));
+    } else {
+      work();
+    }
+    return cudaSuccess;
+  }
+};
+
+}  // namespace cuda_emulation
+
+using cudaStream_t = cuda_emulation::Stream*;
+using cudaGraph_t = std::vector<cuda_emulation::Work>*;
+using cudaGraphExec_t = std::vector<cuda_emulation::Work>*;
 
 struct cudaDeviceProp {
   char name[256];
@@ -128,11 +155,15 @@ struct cudaLaunchConfig_t {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  cuda_emulation::run_grid(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
-  return cudaSuccess;
+  std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
+  return config->stream->put([grid = config->gridDim, block = config->blockDim, kernel, held = std::move(held)] {
+    cuda_emulation::run_grid(grid, block, [&] { std::apply(kernel, held); });
+  });
 }
 
-inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "out of memory" : "operation not permitted when stream is capturing";
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) {
@@ -148,11 +179,43 @@ inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, int) {
-  *stream = nullptr;
+  *stream = new cuda_emulation::Stream;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return stream->records ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  stream->records = true;
+  stream->recorded.clear();
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  stream->records = false;
+  *graph = new std::vector<cuda_emulation::Work>(std::move(stream->recorded));
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* ready, cudaGraph_t graph, unsigned long long) {
+  *ready = new std::vector<cuda_emulation::Work>(*graph);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  for (const cuda_emulation::Work& work : *graph) stream->put(work);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
 inline cudaError_t cudaMalloc(void** data, size_t bytes) {
   *data = cuda_emulation::allocate(bytes);
   return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
@@ -169,13 +232,21 @@ inline cudaError_t cudaFreeHost(void* data) {
   std::free(data);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  const cuda_emulation::DeviceAccess access;
-  std::memset(data, value, bytes);
-  return cudaSuccess;
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  return stream->put([=] {
+    const cuda_emulation::DeviceAccess access;
+    std::memset(data, value, bytes);
+  });
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  const cuda_emulation::DeviceAccess access;
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
+inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+                                     size_t height, cudaMemcpyKind, cudaStream_t stream) {
+  return stream->put([=] {
+    const cuda_emulation::DeviceAccess access;
+    for (size_t row = 0; row < height; ++row) {
+      std::memcpy(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width);
+    }
+  });
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  return cudaMemcpy2DAsync(to, bytes, from, bytes, bytes, 1, kind, stream);
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 
+#include "kernels/check.h"
 #include "kernels/memory.h"
 #include "kernels/ops.h"
 #include "kernels/tensor.h"
@@ -23,6 +24,13 @@ class Communicator {
   // the window: the transfer is cut. mine may not overlap all.
   virtual void all_gather(const void* mine, std::span<const int64_t> bytes_of_rank, void* all) = 0;
 
+  // all_gather() on the memory of the stream's device, in the stream's order.
+  virtual void gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank,
+                          const Tensor& all) {
+    OCTET_CHECK(stream.device() == Device::kCpu, "this communicator gathers in the host's memory");
+    all_gather(mine.data(), bytes_of_rank, all.data());
+  }
+
   // Finishes a row-parallel layer. partials [nodes, tokens, n] F32 are this rank's maximal subtrees
   // (linear_over_slices()); every rank ends with residual [tokens, n] BF16 = bf16(residual + the whole tree's sum),
   // equal bits everywhere. On the memory of the stream's device, which for several ranks is the host unless the
@@ -36,6 +44,10 @@ class Communicator {
     reduce_over_slices(stream, partials, residual);
     rms_norm_and_quantize(stream, residual, next);
   }
+
+  // Whether a collective is work of the stream alone, which needs nothing of the host: steps may then be recorded as
+  // graphs.
+  virtual bool on_device() const { return false; }
 
   virtual void barrier() = 0;
 };

@@ -13,6 +13,15 @@ Tensor staging_of(const Tensor& there, Buffer* buffer) {
 
 }  // namespace
 
+void StagedCommunicator::gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank,
+                                    const Tensor& all) {
+  if (size() == 1) return copy(stream, mine, all);
+  const Tensor my_mine = staging_of(mine, &mine_), my_all = staging_of(all, &all_);
+  copy(stream, mine, my_mine);
+  inner_->all_gather(my_mine.data(), bytes_of_rank, my_all.data());
+  copy(stream, my_all, all);
+}
+
 void StagedCommunicator::reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) {
   if (size() == 1) return inner_->reduce_over_slices(stream, partials, residual);
   const Tensor my_partials = staging_of(partials, &partials_), my_residual = staging_of(residual, &residual_);

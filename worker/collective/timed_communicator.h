@@ -23,6 +23,10 @@ class TimedCommunicator final : public Communicator {
     const int64_t bytes = std::accumulate(bytes_of_rank.begin(), bytes_of_rank.end(), int64_t{0});
     timed(FlightEvent::kAllGather, bytes, [&] { inner_.all_gather(mine, bytes_of_rank, all); });
   }
+  void gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank,
+                  const Tensor& all) override {
+    timed(FlightEvent::kAllGather, all.bytes(), [&] { inner_.gather(stream, mine, bytes_of_rank, all); });
+  }
   void reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) override {
     timed(FlightEvent::kReduce, residual.bytes(), [&] { inner_.reduce_over_slices(stream, partials, residual); });
   }
@@ -31,6 +35,7 @@ class TimedCommunicator final : public Communicator {
                        const NormedInput& next) override {
     timed(FlightEvent::kReduce, residual.bytes(), [&] { inner_.reduce_and_norm(stream, partials, residual, next); });
   }
+  bool on_device() const override { return inner_.on_device(); }
   void barrier() override {
     timed(FlightEvent::kBarrier, 0, [&] { inner_.barrier(); });
   }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 namespace octet {
 namespace {
@@ -47,7 +48,7 @@ SoftmaxPart part_of(const SliceNode& node, int slices, const Leaf& leaf) {
 }  // namespace
 
 StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic,
-                                               int64_t max_tokens) {
+                                               int64_t max_tokens, int64_t max_sequences) {
   const int64_t t = max_tokens, hidden = config.hidden_size;
   const int64_t q = shard.query_rows().size(), kv = shard.kv_rows().size(), ffn = shard.ffn().size();
   const SliceRun leaves = shard.leaves(arithmetic);
@@ -56,6 +57,7 @@ StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const 
   auto f32 = [](Shape shape) { return Tensor(nullptr, DType::kF32, shape); };
   auto bf16 = [](Shape shape) { return Tensor(nullptr, DType::kBF16, shape); };
   return {{&residual, bf16({t, hidden})},
+          {&arrived, bf16({shard.ranks() == 1 ? 0 : std::max(t, shard.ranks() * max_sequences), hidden})},
           {&normed, bf16({t, hidden})},
           {&cos_sin, f32({t, config.head_dim / 2, 2})},
           {&queries_f32, f32({t, q})},
@@ -75,12 +77,9 @@ StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const 
           {&parts_here, f32({kLogitRows, slices_here, 2})}};
 }
 
-StepScratch::Layout StepScratch::host_layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
-  const int64_t t = max_tokens, hidden = config.hidden_size;
+StepScratch::Layout StepScratch::host_layout(const ModelConfig& config, const ShardSpec& shard) {
   auto f32 = [](Shape shape) { return Tensor(nullptr, DType::kF32, shape); };
-  auto bf16 = [](Shape shape) { return Tensor(nullptr, DType::kBF16, shape); };
-  return {{&gathered, bf16({t, hidden})},
-          {&gathered_logits, f32({kLogitRows * config.vocab_size})},
+  return {{&gathered_logits, f32({kLogitRows * config.vocab_size})},
           {&gathered_parts, f32({kLogitRows * shard.slices() * 2})},
           {&logits, f32({kLogitRows, config.vocab_size})}};
 }
@@ -91,11 +90,11 @@ int64_t StepScratch::bytes(const Layout& layout) {
   return bytes;
 }
 
-int64_t StepScratch::bytes(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic,
-                           int64_t max_tokens) {
+int64_t StepScratch::bytes(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic, int64_t max_tokens,
+                           int64_t max_sequences) {
   StepScratch unplaced;
-  return bytes(unplaced.device_layout(config, shard, arithmetic, max_tokens)) +
-         bytes(unplaced.host_layout(config, shard, max_tokens));
+  return bytes(unplaced.device_layout(config, shard, arithmetic, max_tokens, max_sequences)) +
+         bytes(unplaced.host_layout(config, shard));
 }
 
 void StepScratch::place(const Layout& layout, const Buffer& memory, Device device) {
@@ -106,9 +105,10 @@ void StepScratch::place(const Layout& layout, const Buffer& memory, Device devic
   }
 }
 
-StepScratch::StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens) {
-  const Layout on_device = device_layout(config, shard, stream.arithmetic(), max_tokens);
-  const Layout on_host = host_layout(config, shard, max_tokens);
+StepScratch::StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens,
+                         int64_t max_sequences) {
+  const Layout on_device = device_layout(config, shard, stream.arithmetic(), max_tokens, max_sequences);
+  const Layout on_host = host_layout(config, shard);
   device_memory_ = Buffer(bytes(on_device), stream);
   host_memory_ = Buffer(bytes(on_host));
   place(on_device, device_memory_, stream.device());
@@ -116,65 +116,139 @@ StepScratch::StepScratch(const Stream& stream, const ModelConfig& config, const 
 }
 
 Transformer::Transformer(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
-                         const ModelWeights& weights, int64_t max_tokens)
+                         const ModelWeights& weights, const WorkerLimits& limits)
     : stream_(stream),
       communicator_(communicator),
       config_(config),
       shard_(shard),
       weights_(weights),
-      scratch_(stream, config, shard, max_tokens),
+      scratch_(stream, config, shard, limits.max_step_tokens, limits.slots),
+      limits_(limits),
       inv_freq_memory_(config.head_dim / 2 * int64_t{sizeof(float)}, stream),
       inv_freq_(inv_freq_memory_.tensor(DType::kF32, {config.head_dim / 2})),
       query_column_ends_(shard.query_column_ends(stream.arithmetic())),
       ffn_column_ends_(shard.ffn_column_ends(stream.arithmetic())),
-      vocab_ends_(shard.vocab_ends()) {
+      vocab_ends_(shard.vocab_ends()),
+      arrays_(stream, PlacedBatch::bytes(limits.max_step_tokens, limits.slots, limits.max_context)) {
   std::vector<float> frequencies = rope_inverse_frequencies(config);
   copy(stream, Tensor(frequencies.data(), DType::kF32, inv_freq_.shape()), inv_freq_);
 }
 
 void Transformer::forward(const StepBatch& batch, const KvCache& cache) {
-  tokens_ = batch.token_count();
-  embed(batch.tokens);
-  rope_angles(stream_, batch.positions, inv_freq_, scratch_.cos_sin.rows(0, tokens_));
+  if (const RecordedStep* const step = recorded_for(batch)) {
+    place_decode(batch, step->sequences);
+    step->work.launch();
+  } else {
+    place(batch);
+    run_layers(cache);
+  }
+}
+
+const Transformer::RecordedStep* Transformer::recorded_for(const StepBatch& batch) const {
+  if (batch.token_count() != batch.sequence_count()) return nullptr;
+  for (const RecordedStep& step : recorded_) {
+    if (batch.sequence_count() <= step.sequences) return &step;
+  }
+  return nullptr;
+}
+
+// Each is run once before it is recorded, all padding: what ops prepare for their first time is then there.
+void Transformer::record_decode(const KvCache& cache, const std::function<void(int64_t, int64_t)>& progress) {
+  decode_batch_.emplace(stream_, limits_.slots, limits_.max_context, cache.padding_block());
+  const std::vector<int64_t> buckets = decode_buckets(limits_.slots);
+  for (const int64_t sequences : buckets) {
+    place_decode({}, sequences);
+    run_layers(cache);
+    stream_.synchronize();
+    recorded_.push_back({sequences, Graph(stream_, [&] { run_layers(cache); })});
+    progress(static_cast<int64_t>(recorded_.size()), static_cast<int64_t>(buckets.size()));
+  }
+}
+
+void Transformer::run_layers(const KvCache& cache) {
+  embed();
+  rope_angles(stream_, batch_.attention.positions, inv_freq_, scratch_.cos_sin.rows(0, tokens_));
   const NormedInput first = attention_input(0);
   rms_norm_and_quantize(stream_, scratch_.residual.rows(0, tokens_), first);
   input_ = first.out;
   for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    attention_block(layer, batch, cache);
+    attention_block(layer, cache);
     feed_forward(layer);
   }
 }
 
-// Rows travel from the rank that owns them, in the order of owners, and are put back in the order of tokens.
-void Transformer::embed(std::span<const int32_t> tokens) {
-  const Tensor residual = scratch_.residual.rows(0, tokens_);
-  if (shard_.ranks() == 1) return copy_rows(stream_, weights_.embed_tokens, tokens, residual);
+void Transformer::place(const StepBatch& batch) {
+  tokens_ = batch.token_count();
+  const int64_t sequences = batch.sequence_count();
+  place_embedding(batch.tokens);
+  arrays_.begin();
+  batch_.attention = {.positions = arrays_.add(batch.positions, {tokens_}),
+                      .sequence_of = arrays_.add(batch.sequence_of, {tokens_}),
+                      .sequence_ends = arrays_.add(batch.sequence_ends, {sequences}),
+                      .block_tables = arrays_.add(batch.block_tables, {sequences, batch.max_blocks}),
+                      .context = batch.context};
+  batch_.logit_rows = arrays_.add(batch.logit_rows, {static_cast<int64_t>(batch.logit_rows.size())});
+  batch_.embedding_rows = arrays_.add(embedding_rows_, {tokens_});
+  batch_.own_rows = arrays_.add(own_rows_, {static_cast<int64_t>(own_rows_.size())});
+  arrays_.send();
+}
 
-  const int64_t row_bytes = config_.hidden_size * size_of(DType::kBF16);
-  by_owner_.clear();
-  own_ids_.clear();
-  bytes_of_rank_.assign(shard_.ranks(), 0);
+void Transformer::place_decode(const StepBatch& batch, int64_t sequences) {
+  tokens_ = sequences;
+  place_decode_embedding(batch.tokens, sequences);
+  decode_batch_->send(batch, embedding_rows_, own_rows_, sequences);
+  batch_ = decode_batch_->placed(sequences);
+}
+
+// Rows arrive in the order of the ranks that own them.
+void Transformer::place_embedding(std::span<const int32_t> tokens) {
+  embedding_rows_.assign(tokens.begin(), tokens.end());
+  own_rows_.clear();
+  if (shard_.ranks() == 1) return;
+  embedding_bytes_of_rank_.assign(shard_.ranks(), 0);
+  int32_t arrived = 0;
   for (int rank = 0; rank < shard_.ranks(); ++rank) {
     const Range rows = shard_.vocab_of(rank);
     for (size_t t = 0; t < tokens.size(); ++t) {
       if (tokens[t] < rows.begin || tokens[t] >= rows.end) continue;
-      by_owner_.push_back(static_cast<int32_t>(t));
-      bytes_of_rank_[rank] += row_bytes;
-      if (rank == shard_.rank()) own_ids_.push_back(tokens[t] - static_cast<int32_t>(rows.begin));
+      embedding_rows_[t] = arrived++;
+      embedding_bytes_of_rank_[rank] += config_.hidden_size * size_of(DType::kBF16);
+      if (rank == shard_.rank()) own_rows_.push_back(tokens[t] - static_cast<int32_t>(rows.begin));
     }
-  }
-  const Tensor own = scratch_.normed.rows(0, static_cast<int64_t>(own_ids_.size()));
-  copy_rows(stream_, weights_.embed_tokens, own_ids_, own);
-  communicator_.all_gather(on_host(own).data(), bytes_of_rank_, scratch_.gathered.data());
-  for (int64_t i = 0; i < tokens_; ++i) {
-    copy(stream_, scratch_.gathered.rows(i, i + 1), residual.rows(by_owner_[i], by_owner_[i] + 1));
   }
 }
 
-void Transformer::attention_block(int64_t index, const StepBatch& batch, const KvCache& cache) {
+void Transformer::place_decode_embedding(std::span<const int32_t> tokens, int64_t sequences) {
+  embedding_rows_.assign(tokens.begin(), tokens.end());
+  own_rows_.assign(tokens.size(), 0);
+  if (shard_.ranks() == 1) return;
+  embedding_bytes_of_rank_.assign(shard_.ranks(), sequences * config_.hidden_size * size_of(DType::kBF16));
+  for (int rank = 0; rank < shard_.ranks(); ++rank) {
+    const Range rows = shard_.vocab_of(rank);
+    for (size_t t = 0; t < tokens.size(); ++t) {
+      if (tokens[t] < rows.begin || tokens[t] >= rows.end) continue;
+      embedding_rows_[t] = static_cast<int32_t>(rank * sequences + static_cast<int64_t>(t));
+      if (rank == shard_.rank()) own_rows_[t] = tokens[t] - static_cast<int32_t>(rows.begin);
+    }
+  }
+}
+
+// Rows travel from the ranks that own them and are put back in the order of tokens.
+void Transformer::embed() {
+  const Tensor residual = scratch_.residual.rows(0, tokens_);
+  if (shard_.ranks() == 1) return copy_rows(stream_, weights_.embed_tokens, batch_.embedding_rows, residual);
+
+  const Tensor own = scratch_.normed.rows(0, batch_.own_rows.dim(0));
+  copy_rows(stream_, weights_.embed_tokens, batch_.own_rows, own);
+  const int64_t bytes = std::accumulate(embedding_bytes_of_rank_.begin(), embedding_bytes_of_rank_.end(), int64_t{0});
+  const Tensor arrived = scratch_.arrived.rows(0, bytes / (config_.hidden_size * size_of(DType::kBF16)));
+  communicator_.gather(stream_, own, embedding_bytes_of_rank_, arrived);
+  copy_rows(stream_, arrived, batch_.embedding_rows, residual);
+}
+
+void Transformer::attention_block(int64_t index, const KvCache& cache) {
   const LayerWeights& layer = weights_.layers[index];
   const KvLayer kv = cache.layer(index);
-  const AttentionBatch attention_batch = batch.attention();
   const Shape q_shape{tokens_, shard_.heads(), config_.head_dim},
       kv_shape{tokens_, shard_.kv_heads(), config_.head_dim};
   const Tensor q = scratch_.queries_f32.rows(0, tokens_), k = scratch_.keys_f32.rows(0, tokens_),
@@ -183,8 +257,8 @@ void Transformer::attention_block(int64_t index, const StepBatch& batch, const K
 
   project(input_, {{{&layer.q_proj, q}, {&layer.k_proj, k}, {&layer.v_proj, v}}});
   rope_and_cache(stream_, q.reshaped(q_shape), k.reshaped(kv_shape), v.reshaped(kv_shape),
-                 scratch_.cos_sin.rows(0, tokens_), attention_batch, rotated, kv);
-  attention(stream_, rotated, kv, attention_batch, attended);
+                 scratch_.cos_sin.rows(0, tokens_), batch_.attention, rotated, kv);
+  attention(stream_, rotated, kv, batch_.attention, attended);
   const Tensor heads = attended.reshaped({tokens_, shard_.query_rows().size()});
   project_and_reduce(quantized(heads, layer.o_proj.activations, query_column_ends_), layer.o_proj, query_column_ends_,
                      normed_input(layer.post_attention_layernorm, common_scheme({&layer.gate_proj, &layer.up_proj})));
@@ -261,15 +335,14 @@ void Transformer::project_and_reduce(const Activations& x, const Linear& weight,
   input_ = next->out;
 }
 
-std::span<const LogitsRow> Transformer::logits(std::span<const int32_t> rows) {
-  const int64_t n = static_cast<int64_t>(rows.size());
+std::span<const LogitsRow> Transformer::logits(int64_t first, int64_t n) {
   OCTET_CHECK(n <= kLogitRows, "logits() takes a few rows at a time");
   const int64_t slices_here = shard_.run().count;
   const Tensor last = scratch_.last_rows.rows(0, n), normed = scratch_.last_normed.rows(0, n);
   const Tensor here = scratch_.logits_here.rows(0, n);
   const Tensor parts = front(scratch_.parts_here, {n, slices_here, 2});
 
-  copy_rows(stream_, scratch_.residual.rows(0, tokens_), rows, last);
+  copy_rows(stream_, scratch_.residual.rows(0, tokens_), batch_.logit_rows.rows(first, first + n), last);
   rms_norm(stream_, last, weights_.norm, config_.rms_norm_eps, normed);
   project({.values = normed, .scales = {}}, {{{&weights_.lm_head, here}}});
   softmax_parts(stream_, here, vocab_ends_, parts);

@@ -3,18 +3,22 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <vector>
 
+#include "kernels/graph.h"
 #include "kernels/memory.h"
 #include "kernels/ops.h"
 #include "worker/batch.h"
 #include "worker/collective/communicator.h"
+#include "worker/decode_batch.h"
 #include "worker/kv_cache.h"
 #include "worker/model/model_config.h"
 #include "worker/model/shard_spec.h"
 #include "worker/model/weights.h"
+#include "worker/step_plan.h"
 
 namespace octet {
 
@@ -24,11 +28,16 @@ constexpr int64_t kLogitRows = 16;
 // One rank's scratch of a step, allocated once. Comments give shapes for T = max_tokens; a step uses the first rows.
 struct StepScratch {
   // Bytes that the constructor allocates.
-  static int64_t bytes(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic, int64_t max_tokens);
+  static int64_t bytes(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic, int64_t max_tokens,
+                       int64_t max_sequences);
   // Where `stream`, which outlives it, computes; what the ranks gather is on the host.
-  StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+  StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens,
+              int64_t max_sequences);
 
-  Tensor residual;     // [T, hidden] BF16
+  Tensor residual;  // [T, hidden] BF16
+  // [rows of the embedding, hidden] BF16, as they arrive from several ranks: one for each token from its owner, or, in
+  // recorded steps, from every rank
+  Tensor arrived;
   Tensor normed;       // [T, hidden] BF16
   Tensor cos_sin;      // [T, head_dim / 2, 2] F32
   Tensor queries_f32;  // [T, query rows here] F32
@@ -46,7 +55,6 @@ struct StepScratch {
   Tensor logits_here;  // [kLogitRows, vocabulary here] F32
   Tensor parts_here;   // [kLogitRows, slices here, 2] F32
   // On the host
-  Tensor gathered;         // [T, hidden] BF16, embedding rows in the order of their owners
   Tensor gathered_logits;  // [kLogitRows * vocab_size] F32, rank by rank
   Tensor gathered_parts;   // [kLogitRows * slices * 2] F32, rank by rank
   Tensor logits;           // [kLogitRows, vocab_size] F32
@@ -54,8 +62,9 @@ struct StepScratch {
  private:
   // Each member with its shape.
   using Layout = std::vector<std::pair<Tensor*, Tensor>>;
-  Layout device_layout(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic, int64_t max_tokens);
-  Layout host_layout(const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens);
+  Layout device_layout(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic, int64_t max_tokens,
+                       int64_t max_sequences);
+  Layout host_layout(const ModelConfig& config, const ShardSpec& shard);
   static int64_t bytes(const Layout& layout);
   static void place(const Layout& layout, const Buffer& memory, Device device);
   StepScratch() = default;
@@ -70,21 +79,45 @@ struct LogitsRow {
 
 class Transformer {
  public:
-  // All references outlive it. `max_tokens`: the most tokens of one step.
+  // All references outlive it. `limits`: of a step.
   Transformer(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
-              const ModelWeights& weights, int64_t max_tokens);
+              const ModelWeights& weights, const WorkerLimits& limits);
 
-  // Runs the batch's tokens through all layers and writes their keys and values to the cache.
+  // Runs the batch's tokens through all layers and writes their keys and values to the cache. Starts a recorded step
+  // where there is one that fits.
   // REQUIRES: ids inside the vocabulary; block tables cover every position up to each token's own.
   void forward(const StepBatch& batch, const KvCache& cache);
 
-  // Logits after tokens rows[0..n) of the batch last run, n <= kLogitRows; valid until the next call. Collective.
-  std::span<const LogitsRow> logits(std::span<const int32_t> rows);
+  // Records steps of one token of each sequence, for every number of sequences in decode_buckets(); `progress` is told
+  // how many are done. Such steps then run as one launch, with the same bits. Collective. REQUIRES: the stream computes
+  // on a CUDA device and the communicator on_device().
+  void record_decode(const KvCache& cache, const std::function<void(int64_t done, int64_t total)>& progress);
+
+  // Logits of logit_rows [first, first + n) of the batch last run, n <= kLogitRows; valid until the next call.
+  // Collective.
+  std::span<const LogitsRow> logits(int64_t first, int64_t n);
 
  private:
-  void embed(std::span<const int32_t> tokens);
+  struct RecordedStep {
+    int64_t sequences;
+    Graph work;
+  };
+
+  // The smallest recorded step that the batch fits; null: none does.
+  const RecordedStep* recorded_for(const StepBatch& batch) const;
+  // Sends the batch to where the rank computes.
+  void place(const StepBatch& batch);
+  // Sends it to where a step of so many sequences looks for it.
+  void place_decode(const StepBatch& batch, int64_t sequences);
+  // Which rows of the embedding this rank gives, and where every token's arrives: each from its owner alone, or from
+  // all ranks as many rows, so that nothing depends on whose tokens they are.
+  void place_embedding(std::span<const int32_t> tokens);
+  void place_decode_embedding(std::span<const int32_t> tokens, int64_t sequences);
+  // From the tokens that were placed to the residual stream after the last layer.
+  void run_layers(const KvCache& cache);
+  void embed();
   // Both take and leave their input normed, in input_: the norm belongs to the sum before it.
-  void attention_block(int64_t layer, const StepBatch& batch, const KvCache& cache);
+  void attention_block(int64_t layer, const KvCache& cache);
   void feed_forward(int64_t layer);
   // What layers with these activations read of the residual stream.
   NormedInput normed_input(const Tensor& norm, const ActivationScheme& scheme);
@@ -94,7 +127,7 @@ class Transformer {
   // A row-parallel layer, summed over all ranks into the residual stream, and the norm after it, if one follows.
   void project_and_reduce(const Activations& x, const Linear& weight, std::span<const int64_t> column_ends,
                           const std::optional<NormedInput>& next);
-  // `here` where the host can read it, valid until the next call.
+  // `here` where the host can read it, valid until the next call of this function.
   Tensor on_host(const Tensor& here);
   // Room for x [tokens, n] quantised so, or x itself.
   Activations room_for(const Tensor& x, const ActivationScheme& scheme, int64_t groups);
@@ -107,16 +140,20 @@ class Transformer {
   const ShardSpec& shard_;
   const ModelWeights& weights_;
   StepScratch scratch_;
+  const WorkerLimits limits_;
   Buffer mine_;  // what this rank gives to a gathering, on the host; only where it computes elsewhere
   Buffer inv_freq_memory_;
   Tensor inv_freq_;  // [head_dim / 2] F32
   std::vector<int64_t> query_column_ends_, ffn_column_ends_, vocab_ends_;
-  int64_t tokens_ = 0;  // of the batch last run
-  Activations input_;   // of the block that comes next
+  StepArrays arrays_;
+  std::optional<DecodeBatch> decode_batch_;  // of recorded steps
+  std::vector<RecordedStep> recorded_;       // ascending
+  PlacedBatch batch_;                        // the batch last run
+  int64_t tokens_ = 0;                       // of it
+  Activations input_;                        // of the block that comes next
   std::vector<LogitsRow> rows_;
-  // The batch's tokens sorted by the rank that owns their embedding row.
-  std::vector<int32_t> by_owner_, own_ids_;
-  std::vector<int64_t> bytes_of_rank_;
+  std::vector<int32_t> embedding_rows_, own_rows_;
+  std::vector<int64_t> bytes_of_rank_, embedding_bytes_of_rank_;
 };
 
 }  // namespace octet
