@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/decode.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/fp8.h"
 
@@ -78,6 +79,25 @@ TEST(CudaEmulation, MultipliesFragmentsAsTensorCoresDo) {
         int expected = 1 + row / 8 * 2 + column % 2;
         for (int k = 0; k < 8 * width; ++k) expected += a_at(row, k) * b_at(k, column);
         ASSERT_EQ(product[row][column], static_cast<float>(expected)) << row << ", " << column;
+      }
+    }
+  }
+}
+
+TEST(CudaDecode, GivesEveryFiniteCodeItsBf16ValueInItsPlace) {
+  std::vector<uint32_t> decoded(2 * 256 * 4);
+  cuda_emulation::run_grid(4, 256, [&] {  // code threadIdx.x at place blockIdx.x of a word of another code
+    const uint32_t codes = (0xA5A5A5A5u & ~(0xFFu << 8 * blockIdx.x)) | threadIdx.x << 8 * blockIdx.x;
+    uint32_t* const pairs = &decoded[2 * (256 * blockIdx.x + threadIdx.x)];
+    cuda::decode_e4m3(codes, pairs[0], pairs[1]);
+  });
+  for (unsigned place = 0; place < 4; ++place) {
+    for (unsigned code = 0; code < 256; ++code) {
+      if (is_e4m3_nan(static_cast<uint8_t>(code))) continue;
+      for (unsigned i = 0; i < 4; ++i) {
+        const auto at = static_cast<uint16_t>(decoded[2 * (256 * place + code) + i / 2] >> 16 * (i % 2));
+        const uint8_t expected = i == place ? static_cast<uint8_t>(code) : 0xA5;
+        ASSERT_EQ(at, float_to_bf16(e4m3_to_float(expected))) << code << " at " << place << ", value " << i;
       }
     }
   }

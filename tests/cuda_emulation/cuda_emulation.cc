@@ -369,4 +369,19 @@ void multiply_e4m3(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
   multiply<4>(c, a, b, [](uint32_t word, int k) { return e4m3_to_float(static_cast<uint8_t>(word >> 8 * k)); });
 }
 
+uint32_t scale_bf16(uint32_t pair, int exponent) {
+  uint32_t scaled = 0;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t bits = pair >> 16 * i & 0xFFFF, biased = bits >> 7 & 0xFF, fraction = bits & 0x7F;
+    // From whole numbers: as floats, subnormal values would be flushed here.
+    const double magnitude =
+        std::ldexp(biased == 0 ? fraction : fraction + 128.0, static_cast<int>(std::max(biased, 1u)) - 134 + exponent);
+    if (magnitude != 0 && magnitude < 0x1p-126) undefined_on_a_gpu("a scaled BF16 value is subnormal");
+    const uint32_t product = std::bit_cast<uint32_t>(static_cast<float>(magnitude));
+    if ((product & 0xFFFF) != 0 || product >= 0x7F800000) undefined_on_a_gpu("a scaled BF16 value is not exact");
+    scaled |= (product >> 16 | (bits & 0x8000)) << 16 * i;
+  }
+  return scaled;
+}
+
 }  // namespace cuda_emulation

@@ -66,6 +66,8 @@ uint32_t shuffle(unsigned lanes, uint32_t bits, int from);
 // A warp's tensor core, as kernels/cuda/mma.cuh says.
 void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void multiply_e4m3(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+// Two BF16 values times 2^exponent, denormals heeded. Products must be representable.
+uint32_t scale_bf16(uint32_t pair, int exponent);
 int lane();
 
 }  // namespace cuda_emulation
