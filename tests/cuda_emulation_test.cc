@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/copy_async.cuh"
 #include "kernels/cuda/decode.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/fp8.h"
@@ -34,6 +35,32 @@ TEST(CudaEmulation, KeepsThreadsBeforeABarrierUntilAllHaveCome) {
 }
 
 TEST(CudaEmulation, ShowsAMissingBarrier) { EXPECT_NE(rotated(20, false), rotated(20, true)); }
+
+// Each thread copies 16 bytes to shared memory, in a group of its own, then 16 zeros, and reads the former.
+std::vector<unsigned> copied(bool wait) {
+  alignas(16) static unsigned from[kThreads][4];
+  std::vector<unsigned> out(kThreads);
+  for (unsigned i = 0; i < kThreads; ++i) from[i][0] = i;
+  const auto copy = [&] {
+    auto* const shared = reinterpret_cast<unsigned(*)[4]>(cuda::dynamic_shared());
+    cuda::copy_async(shared[threadIdx.x], from[threadIdx.x], true);
+    cuda::commit_copies();
+    cuda::copy_async(shared[kThreads + threadIdx.x], from[threadIdx.x], false);
+    cuda::commit_copies();
+    if (wait) cuda::wait_for_copies<1>();
+    out[threadIdx.x] = shared[threadIdx.x][0];
+    cuda::wait_for_copies<0>();
+    if (shared[kThreads + threadIdx.x][0] != 0) out[threadIdx.x] = kThreads;
+  };
+  cuda_emulation::run_grid(1, kThreads, copy, 2 * sizeof(from));
+  return out;
+}
+
+TEST(CudaEmulation, CopiesToSharedMemoryWhenTheyAreWaitedFor) {
+  const std::vector<unsigned> out = copied(true);
+  for (unsigned i = 0; i < kThreads; ++i) ASSERT_EQ(out[i], i);
+  EXPECT_NE(copied(false), out) << "a missing wait went unseen";
+}
 
 TEST(CudaEmulation, NumbersThreadsAndBlocksInAllDimensions) {
   std::set<std::string> seen;
@@ -137,6 +164,12 @@ TEST(CudaEmulationDeathTest, EndsWhatWouldHangOrMeanNothing) {
                "a warp waits for a thread that has ended");
   EXPECT_DEATH(run(32, [] { __syncwarp(0xFFFF); }), "not among the lanes that it names");
   EXPECT_DEATH(run(16, [] { __shfl_xor_sync(0xFFFF, 1.0f, 16); }), "reads a lane that it does not name");
+  EXPECT_DEATH(run(1,
+                   [] {
+                     cuda::copy_async(cuda::dynamic_shared(), cuda::dynamic_shared(), true);
+                     cuda::commit_copies();
+                   }),
+               "ended before its copies");
   EXPECT_DEATH(run(2000, [] {}), "a block has 1 to 1024 threads");
 }
 

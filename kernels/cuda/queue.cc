@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kFirstUploads = int64_t{1} << 20;
 constexpr int64_t kAlignment = 256;
+constexpr int64_t kSharedUnasked = 48 << 10;  // bytes of shared memory
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -21,6 +22,8 @@ void check(cudaError_t error, const char* what) {
 
 Queue::Queue(int device, Arithmetic arithmetic) : device_(device), arithmetic_(arithmetic) {
   check(cudaSetDevice(device), "choosing the device");
+  check(cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device), "reading its compute capability");
+  check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device), "counting its multiprocessors");
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "opening a stream");
   uploads_ = make_uploads(kFirstUploads);
 }
@@ -136,6 +139,18 @@ std::unique_ptr<RecordedWork> Queue::end_recording() {
 void Queue::launch(const RecordedWork& work) {
   begin_op();
   check(cudaGraphLaunch(work.graph(), stream_), "starting a graph");
+}
+
+void Queue::allow_shared(const void* kernel, int64_t bytes) {
+  if (bytes <= kSharedUnasked) return;
+  int64_t& allowed = shared_allowed_[kernel];
+  if (bytes <= allowed) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "asking for shared memory");
+  // Such kernels keep nothing in the L1 cache, which is the same memory: so that two blocks fit where they can.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "asking for shared memory");
+  allowed = bytes;
 }
 
 Queue& queue_of(const Stream& stream) {

@@ -45,6 +45,8 @@ class Queue {
 
   int device() const { return device_; }
   Arithmetic arithmetic() const { return arithmetic_; }
+  // Multiprocessors of the device.
+  int processors() const { return processors_; }
   cudaStream_t stream() const { return stream_; }
   void synchronize();
 
@@ -71,16 +73,39 @@ class Queue {
   std::unique_ptr<RecordedWork> end_recording();
   void launch(const RecordedWork& work);
 
+  // How a kernel is started.
+  struct Launch {
+    dim3 grid, block;
+    int64_t shared_bytes = 0;  // of dynamic shared memory
+    // The kernel may begin while the one before it still runs, where the device can (9.0 and later). Until it has
+    // called wait_for_previous_kernels() it reads only what was written before that one was queued, and writes nothing.
+    bool early = false;
+  };
+
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), const Launch& how, Arguments&&... arguments) {
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = how.grid;
+    config.blockDim = how.block;
+    config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
+    config.stream = stream_;
+    config.attrs = &early;
+    config.numAttrs = kEarlyLaunches && how.early && major_ >= 9 ? 1 : 0;
+    allow_shared(reinterpret_cast<const void*>(kernel), how.shared_bytes);
+    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "starting a kernel");
+  }
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments&&... arguments) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.stream = stream_;
-    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "starting a kernel");
+    launch(kernel, Launch{.grid = grid, .block = block}, std::forward<Arguments>(arguments)...);
   }
 
  private:
+  // The one switch of Launch::early: everything is as right without.
+  static constexpr bool kEarlyLaunches = true;
+
   // Pinned memory and its twin on the device.
   struct Uploads {
     char* host = nullptr;
@@ -91,9 +116,12 @@ class Queue {
   static void free_uploads(const Uploads& uploads);
   void* upload_bytes(const void* values, int64_t bytes);
   const void* constant_bytes(std::string_view bytes);
+  // Beyond what a kernel may have unasked, shared memory must be asked for once.
+  void allow_shared(const void* kernel, int64_t bytes);
 
   const int device_;
   const Arithmetic arithmetic_;
+  int major_ = 0, processors_ = 0;
   cudaStream_t stream_ = nullptr;
   // Filled from the front; begun anew, when the queue was waited for, at the first op that finds it half full.
   Uploads uploads_;
@@ -106,7 +134,8 @@ class Queue {
   bool has_recorded_ = false;
   void* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
-  std::vector<void*> outgrown_scratch_;  // which recorded work still uses
+  std::vector<void*> outgrown_scratch_;            // which recorded work still uses
+  std::map<const void*, int64_t> shared_allowed_;  // by kernel
 };
 
 // The stream's queue, at the begin of an op.

@@ -5,7 +5,9 @@
 #include <ucontext.h>
 #include <xmmintrin.h>
 
+#include <bit>
 #include <cstdio>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -100,6 +102,12 @@ constexpr unsigned kFlushDenormals = 0x8040;  // flush-to-zero and denormals-are
   std::abort();
 }
 
+// Of 16 bytes.
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+};
+
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Fiber {
@@ -111,7 +119,9 @@ struct Fiber {
   State state = State::kDone;
   unsigned lanes = 0;                   // of the warp barrier at which it waits
   uint32_t brought[kMostBrought] = {};  // to an exchange
-  void* fake_stack = nullptr;           // AddressSanitizer's
+  std::vector<Copy> copies;             // not committed yet
+  std::deque<std::vector<Copy>> under_way;
+  void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
 // The blocks of one host thread.
@@ -121,8 +131,11 @@ class Machine {
     for (const auto& fiber : fibers_) munmap(fiber->stack, kStackBytes);
   }
 
-  void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+  void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel, size_t shared_bytes) {
     const DeviceAccess access;
+    shared_bytes_ = shared_bytes;
+    const size_t units = std::max<size_t>((shared_bytes + kSharedAlignment - 1) / kSharedAlignment, 1);
+    shared_.reset(static_cast<char*>(std::aligned_alloc(kSharedAlignment, units * kSharedAlignment)));
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(mode | kFlushDenormals);
     kernel_ = &kernel;
@@ -152,11 +165,19 @@ class Machine {
     return *fibers_[at];
   }
 
+  char* shared() const { return shared_.get(); }
+
   int lane() const { return static_cast<int>(place_of_running() % kWarp); }
 
   Fiber* running = nullptr;
 
  private:
+  static constexpr size_t kSharedAlignment = 128;
+
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+
   size_t place_of_running() const {
     return running->index.x + blockDim.x * (running->index.y + size_t{blockDim.y} * running->index.z);
   }
@@ -190,6 +211,7 @@ class Machine {
 
   void run_block() {
     for (size_t i = 0; i < threads_; ++i) fibers_[i]->state = State::kReady;
+    std::memset(shared_.get(), kGarbage, shared_bytes_);
     while (true) {
       const bool any = run_ready();
       if (done()) return;
@@ -279,6 +301,8 @@ class Machine {
   const std::function<void()>* kernel_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   size_t threads_ = 0;
+  std::unique_ptr<char, Free> shared_;
+  size_t shared_bytes_ = 0;
   ucontext_t scheduler_;
   jmp_buf scheduler_place_;
   const void* scheduler_stack_ = nullptr;
@@ -299,6 +323,11 @@ void Machine::be_a_thread() {
   while (true) {
     Fiber& fiber = *self.running;
     (*self.kernel_)();
+    const auto empty = [](const std::vector<Copy>& group) { return group.empty(); };
+    if (!fiber.copies.empty() || !std::all_of(fiber.under_way.begin(), fiber.under_way.end(), empty)) {
+      undefined_on_a_gpu("a thread ended before its copies to shared memory");
+    }
+    fiber.under_way.clear();
     fiber.state = State::kDone;
     self.leave(fiber);
   }
@@ -306,7 +335,11 @@ void Machine::be_a_thread() {
 
 }  // namespace
 
-void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel) { machine().run_grid(grid, block, kernel); }
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel, size_t shared_bytes) {
+  machine().run_grid(grid, block, kernel, shared_bytes);
+}
+
+char* dynamic_shared() { return machine().shared(); }
 
 int lane() { return machine().lane(); }
 
@@ -367,6 +400,35 @@ void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 
 void multiply_e4m3(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   multiply<4>(c, a, b, [](uint32_t word, int k) { return e4m3_to_float(static_cast<uint8_t>(word >> 8 * k)); });
+}
+
+namespace {
+constexpr size_t kCopied = 16;
+}  // namespace
+
+void copy_async(void* shared, const void* global, bool there) {
+  const auto misaligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % kCopied != 0; };
+  if (misaligned(shared) || misaligned(global)) undefined_on_a_gpu("a copy to shared memory is not aligned");
+  machine().running->copies.push_back({shared, there ? global : nullptr});
+}
+
+void commit_copies() {
+  Fiber& fiber = *machine().running;
+  fiber.under_way.push_back(std::move(fiber.copies));
+  fiber.copies.clear();
+}
+
+void wait_for_copies(size_t under_way) {
+  Fiber& fiber = *machine().running;
+  for (; fiber.under_way.size() > under_way; fiber.under_way.pop_front()) {
+    for (const Copy& copy : fiber.under_way.front()) {
+      if (copy.from != nullptr) {
+        std::memcpy(copy.to, copy.from, kCopied);
+      } else {
+        std::memset(copy.to, 0, kCopied);
+      }
+    }
+  }
 }
 
 uint32_t scale_bf16(uint32_t pair, int exponent) {

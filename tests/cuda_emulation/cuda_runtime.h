@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <span>
 #include <tuple>
 #include <utility>
@@ -38,9 +39,13 @@ namespace cuda_emulation {
 
 constexpr size_t kMemoryBytes = size_t{1} << 33;  // of the device
 constexpr int kGarbage = 0xCB;
+// Few, so that kernels which share a matrix out over them cut small ones in odd places, but not to single steps.
+constexpr int kProcessors = 7;
+constexpr size_t kSharedUnasked = 48 << 10, kMostShared = 227 << 10;  // bytes of shared memory
 
-// Runs `kernel` for every thread of the grid.
-void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel);
+// Runs `kernel` for every thread of the grid; every block finds `shared_bytes` of garbage as dynamic shared memory.
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel, size_t shared_bytes = 0);
+char* dynamic_shared();
 
 // Memory of the device, filled with garbage as a device's is; null beyond kMemoryBytes.
 void* allocate(size_t bytes);
@@ -69,6 +74,12 @@ void multiply_e4m3(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 // Two BF16 values times 2^exponent, denormals heeded. Products must be representable.
 uint32_t scale_bf16(uint32_t pair, int exponent);
 int lane();
+
+// The calling thread's copies to shared memory, as kernels/cuda/copy_async.cuh says. They are made when they are waited
+// for, so that what is read too early is garbage; a thread that ends before ends the process.
+void copy_async(void* shared, const void* global, bool there);
+void commit_copies();
+void wait_for_copies(size_t under_way);
 
 }  // namespace cuda_emulation
 
@@ -114,7 +125,7 @@ inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
 
 // ---- Host functions: they do at once what a stream would do later, unless it records
 
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInvalidValue, cudaErrorStreamCaptureUnsupported };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum { cudaStreamNonBlocking };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
@@ -148,23 +159,57 @@ struct cudaDeviceProp {
   int major, minor;
 };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum { cudaSharedmemCarveoutMaxShared = 100 };
+
+namespace cuda_emulation {
+// Dynamic shared memory that a kernel may have.
+inline thread_local std::map<const void*, size_t> shared_allowed;
+}  // namespace cuda_emulation
+
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (static_cast<size_t>(value) > cuda_emulation::kMostShared) return cudaErrorInvalidValue;
+  cuda_emulation::shared_allowed[kernel] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  const size_t shared = config->dynamicSmemBytes;
+  const auto allowed = cuda_emulation::shared_allowed.find(reinterpret_cast<const void*>(kernel));
+  if (shared > cuda_emulation::kSharedUnasked &&
+      (allowed == cuda_emulation::shared_allowed.end() || shared > allowed->second)) {
+    return cudaErrorInvalidValue;
+  }
   std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
-  return config->stream->put([grid = config->gridDim, block = config->blockDim, kernel, held = std::move(held)] {
-    cuda_emulation::run_grid(grid, block, [&] { std::apply(kernel, held); });
-  });
+  return config->stream->put(
+      [grid = config->gridDim, block = config->blockDim, shared, kernel, held = std::move(held)] {
+        cuda_emulation::run_grid(
+            grid, block, [&] { std::apply(kernel, held); }, shared);
+      });
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorMemoryAllocation ? "out of memory" : "operation not permitted when stream is capturing";
+  if (error == cudaErrorMemoryAllocation) return "out of memory";
+  return error == cudaErrorInvalidValue ? "invalid argument" : "operation not permitted when stream is capturing";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
@@ -174,6 +219,11 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {.name = "emulated", .major = 9, .minor = 0};
+  return cudaSuccess;
+}
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_emulation::kProcessors : 9;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
