@@ -2,7 +2,8 @@
 // visits K in pairs. Weights and activations come to shared memory tile by tile, decoded on the way.
 //
 // Weights lie row by row, [out_features, in_features], padded to whole panels: what a GEMM library, tensor core tiles
-// and kernels that stream rows at the speed of memory all read, so one copy of the weights serves every mode.
+// and kernels that stream rows at the speed of memory all read, so one copy of the weights serves every mode. Fast mode
+// turns to skinny_linear.h for few tokens.
 #include <algorithm>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include "kernels/cuda/arithmetic.cuh"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/queue.h"
+#include "kernels/cuda/skinny_linear.h"
 
 namespace octet::cuda {
 namespace {
@@ -120,6 +122,10 @@ void run(Stream& stream, const Activations& x, const Linear& weight, std::span<c
                dots);
 }
 
+bool is_skinny(const Stream& stream, const Activations& x, const Linear& weight) {
+  return stream.arithmetic() == Arithmetic::kFast && fits_skinny_linear(x, weight);
+}
+
 }  // namespace
 
 void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linear& weight) {
@@ -132,11 +138,23 @@ void pack_rows(Stream& stream, const Tensor& raw, int64_t first_row, const Linea
 void linear(Stream& stream, const Activations& x, std::span<const LinearOutput> outputs) {
   const int64_t whole[] = {x.values.dim(1)};
   const int program[] = {0, kStore};
-  for (const LinearOutput& output : outputs) run(stream, x, *output.weight, whole, program, output.out.as<float>());
+  std::vector<LinearOutput> skinny;
+  for (const LinearOutput& output : outputs) {
+    if (is_skinny(stream, x, *output.weight)) {
+      skinny.push_back(output);
+    } else {
+      run(stream, x, *output.weight, whole, program, output.out.as<float>());
+    }
+  }
+  if (!skinny.empty()) skinny_linear(queue_of(stream), x, skinny);
 }
 
 void linear_over_slices(Stream& stream, const Activations& x, const Linear& weight, const SliceRun& run_of_slices,
                         std::span<const int64_t> column_ends, const Tensor& partials) {
+  if (column_ends.size() == 1 && is_skinny(stream, x, weight)) {
+    const LinearOutput output = {&weight, partials};
+    return skinny_linear(queue_of(stream), x, {&output, 1});
+  }
   std::vector<int> program;
   int next = 0;  // slice of the run
   for (const SliceNode& node : maximal_subtrees(run_of_slices)) {

@@ -26,6 +26,12 @@ Queue::Queue(int device, Arithmetic arithmetic) : device_(device), arithmetic_(a
   check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device), "counting its multiprocessors");
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "opening a stream");
   uploads_ = make_uploads(kFirstUploads);
+  if (arithmetic != Arithmetic::kFast) return;
+  const size_t bytes = static_cast<size_t>(processors_ * kMailboxWords) * sizeof(uint64_t);
+  void* mailboxes = nullptr;
+  check(cudaMalloc(&mailboxes, bytes), "allocating mailboxes");
+  check(cudaMemsetAsync(mailboxes, 0, bytes, stream_), "emptying mailboxes");
+  mailboxes_ = static_cast<uint64_t*>(mailboxes);
 }
 
 Queue::~Queue() {
@@ -36,6 +42,7 @@ Queue::~Queue() {
   for (const auto& [contents, data] : constants_) (void)cudaFree(data);
   for (void* const scratch : outgrown_scratch_) (void)cudaFree(scratch);
   (void)cudaFree(scratch_);
+  (void)cudaFree(mailboxes_);
   (void)cudaStreamDestroy(stream_);
 }
 

@@ -73,6 +73,11 @@ class Queue {
   std::unique_ptr<RecordedWork> end_recording();
   void launch(const RecordedWork& work);
 
+  // In fast mode, device memory in which blocks of a launch leave one another numbers, kMailboxWords for each
+  // multiprocessor: all 0 before an op, and it leaves them so.
+  static constexpr int64_t kMailboxWords = 1024;
+  uint64_t* mailboxes() const { return mailboxes_; }
+
   // How a kernel is started.
   struct Launch {
     dim3 grid, block;
@@ -134,7 +139,8 @@ class Queue {
   bool has_recorded_ = false;
   void* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
-  std::vector<void*> outgrown_scratch_;            // which recorded work still uses
+  std::vector<void*> outgrown_scratch_;  // which recorded work still uses
+  uint64_t* mailboxes_ = nullptr;
   std::map<const void*, int64_t> shared_allowed_;  // by kernel
 };
 

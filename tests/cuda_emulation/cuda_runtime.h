@@ -28,6 +28,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static thread_local  // blocks of one thread run one after the other
 
 struct dim3 {
