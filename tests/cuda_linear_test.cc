@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/open_module.h"
 #include "kernels/cuda/skinny_split.h"
+#include "kernels/graph.h"
 #include "kernels/ops.h"
 #include "kernels/reference/reference.h"
 #include "tests/op_cases.h"
@@ -67,15 +68,22 @@ void make_whole(Random& random, const Tensor& values, const Tensor& scales) {
 // An emulated GPU in fast mode.
 class Gpu {
  public:
-  // One op for all the weights; their outputs.
-  std::vector<Owned> linear(const Input& x, const std::vector<const Weight*>& weights) {
+  // One op for all the weights; their outputs; of the last time, where it is recorded and done again.
+  std::vector<Owned> linear(const Input& x, const std::vector<const Weight*>& weights, int recorded_times = 0) {
     std::vector<Linear> layers;
     std::vector<LinearOutput> outputs;
     for (const Weight* weight : weights) layers.push_back(pack(*weight));
     for (const Linear& layer : layers) {
       outputs.push_back({&layer, put(Owned(DType::kF32, {x.tokens(), layer.out_features}))});
     }
-    octet::linear(stream_, put(x), outputs);
+    const Activations input = put(x);
+    const auto work = [&] { octet::linear(stream_, input, outputs); };
+    work();
+    if (recorded_times > 0) {
+      for (const LinearOutput& output : outputs) copy(stream_, Owned(DType::kF32, output.out.shape()), output.out);
+      const Graph graph(stream_, work);
+      for (int i = 0; i < recorded_times; ++i) graph.launch();
+    }
     std::vector<Owned> results;
     for (const LinearOutput& output : outputs) results.push_back(fetch(output.out));
     return results;
@@ -274,6 +282,14 @@ TEST(CudaFastLinear, HasTheSameBitsAgain) {
       }
     }
   }
+}
+
+TEST(CudaFastLinear, HasTheSameBitsFromARecording) {
+  Random random(8);
+  Gpu gpu;
+  const Weight weight = random_weight(random, DType::kF8E4M3, 40, 4096);
+  const Input x = random_input(random, DType::kF8E4M3, 2, 4096);
+  expect_same_bits(gpu.linear(x, {&weight}, 2)[0], gpu.linear(x, {&weight})[0], "recorded");
 }
 
 // ---- How the work is shared out

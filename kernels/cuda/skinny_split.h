@@ -47,7 +47,7 @@ constexpr size_t skinny_shape(int64_t tokens, int64_t row_bytes) {
   constexpr int64_t kLeastSteps = 4;  // of a tile
   size_t i = 0;
   while (kSkinnyShapes[i].tokens < tokens) ++i;
-  while (i < 2 && row_bytes < kLeastSteps * kSkinnyShapes[i].step_bytes()) ++i;
+  while (kSkinnyShapes[i].row_warps < 4 && row_bytes < kLeastSteps * kSkinnyShapes[i].step_bytes()) ++i;
   return i;
 }
 
