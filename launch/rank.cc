@@ -188,7 +188,7 @@ class Rank {
     shard_ = *shard;
     absl::StatusOr<int64_t> memory = bootstrap_.own_memory();
     if (!memory.ok()) return memory.status();
-    if (gpu_) memory = gpu_->memory_bytes;
+    if (gpu_) memory = gpu_->memory_bytes - (arithmetic() == Arithmetic::kFast ? cuda::kWorkspaceBytes : 0);
     threads_ = options_.runtime.threads.value_or(bootstrap_.own_cores());
     const std::vector<uint64_t> memories = bootstrap_.all_gather(static_cast<uint64_t>(*memory));
     const std::vector<uint64_t> threads = bootstrap_.all_gather(static_cast<uint64_t>(threads_));
@@ -245,6 +245,8 @@ class Rank {
       stream_.emplace(host);
     } else {
       stream_.emplace(*module_, bootstrap_.local_rank(), arithmetic(), host);
+      const std::string lacks = module_->lacks(stream_->queue());
+      if (bootstrap_.local_rank() == 0 && !lacks.empty()) log_line(LogLevel::kWarning, "GPUs here do without " + lacks);
     }
     MpiCommunicatorOptions window{.wait = {.spin = spin}};
     for (int rank = 0; rank < bootstrap_.size(); ++rank) {

@@ -18,6 +18,7 @@ constexpr ModuleTable kTable = {
     .device_facts = device_facts,
     .open_queue = nullptr,
     .close_queue = nullptr,
+    .lacks = nullptr,
     .synchronize = nullptr,
     .allocate = nullptr,
     .release = nullptr,

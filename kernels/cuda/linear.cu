@@ -3,13 +3,14 @@
 //
 // Weights lie row by row, [out_features, in_features], padded to whole panels: what a GEMM library, tensor core tiles
 // and kernels that stream rows at the speed of memory all read, so one copy of the weights serves every mode. Fast mode
-// turns to skinny_linear.h for few tokens.
+// turns to skinny_linear.h for few tokens, to gemm.h for more.
 #include <algorithm>
 #include <vector>
 
 #include "kernels/backend.h"
 #include "kernels/cuda/arithmetic.cuh"
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/gemm.h"
 #include "kernels/cuda/queue.h"
 #include "kernels/cuda/skinny_linear.h"
 
@@ -99,15 +100,39 @@ __global__ void dots_kernel(Dots a) {
   }
 }
 
+bool is_skinny(const Stream& stream, const Activations& x, const Linear& weight) {
+  return stream.arithmetic() == Arithmetic::kFast && fits_skinny_linear(x, weight);
+}
+
+// Whether fast mode computes whole rows' sums as a product. No checkpoint has e4m3 inputs of BF16 weights.
+bool is_product(const Stream& stream, const Activations& x, const Linear& weight, std::span<const int64_t> leaf_ends) {
+  return stream.arithmetic() == Arithmetic::kFast && leaf_ends.size() == 1 &&
+         (x.values.dtype() == DType::kBF16 || weight.weight.dtype() == DType::kF8E4M3);
+}
+
 void run(Stream& stream, const Activations& x, const Linear& weight, std::span<const int64_t> leaf_ends,
          std::span<const int> program, float* out) {
   Queue& queue = queue_of(stream);
   const bool codes = x.values.dtype() == DType::kF8E4M3;
   const bool weight_codes = weight.weight.dtype() == DType::kF8E4M3;
+  const float* const x_scales = codes ? x.scales.as<float>() : nullptr;
+  const float* const weight_scales = weight.weight_scale.empty() ? nullptr : weight.weight_scale.as<float>();
+  if (is_product(stream, x, weight, leaf_ends)) {
+    return multiply(queue, {.x = x.values.data(),
+                            .x_type = x.values.dtype(),
+                            .x_scales = x_scales,
+                            .weight = weight.weight.data(),
+                            .weight_type = weight.weight.dtype(),
+                            .weight_scales = weight_scales,
+                            .out = out,
+                            .tokens = x.values.dim(0),
+                            .outputs = weight.out_features,
+                            .columns = weight.in_features});
+  }
   const Dots dots = {.x = x.values.data(),
-                     .x_scales = codes ? x.scales.as<float>() : nullptr,
+                     .x_scales = x_scales,
                      .weight = weight.weight.data(),
-                     .weight_scale = weight.weight_scale.empty() ? nullptr : weight.weight_scale.as<float>(),
+                     .weight_scale = weight_scales,
                      .out = out,
                      .tokens = x.values.dim(0),
                      .columns = weight.in_features,
@@ -120,10 +145,6 @@ void run(Stream& stream, const Activations& x, const Linear& weight, std::span<c
                             : (weight_codes ? dots_kernel<uint16_t, uint8_t> : dots_kernel<uint16_t, uint16_t>);
   queue.launch(kernel, dim3(blocks_for(dots.outputs, kOutputs), blocks_for(dots.tokens, kTokens)), kOutputs * kTokens,
                dots);
-}
-
-bool is_skinny(const Stream& stream, const Activations& x, const Linear& weight) {
-  return stream.arithmetic() == Arithmetic::kFast && fits_skinny_linear(x, weight);
 }
 
 }  // namespace

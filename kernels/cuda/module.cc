@@ -34,6 +34,7 @@ DeviceFacts device_facts(int device) {
 
 Queue* open_queue(int device, Arithmetic arithmetic) { return new Queue(device, arithmetic); }
 void close_queue(Queue* queue) { delete queue; }
+const char* lacks(const Queue* queue) { return queue->lacks().c_str(); }
 void synchronize(Queue* queue) { queue->synchronize(); }
 
 void* allocate(Queue* queue, int64_t bytes) {
@@ -101,6 +102,7 @@ constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .device_facts = device_facts,
                                 .open_queue = open_queue,
                                 .close_queue = close_queue,
+                                .lacks = lacks,
                                 .synchronize = synchronize,
                                 .allocate = allocate,
                                 .release = release,

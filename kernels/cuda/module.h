@@ -10,7 +10,7 @@
 namespace octet::cuda {
 
 // Raised by every change to ModuleTable, to Backend, or to a type that either names.
-constexpr uint32_t kModuleAbi = 3;
+constexpr uint32_t kModuleAbi = 4;
 
 // An ordered queue of work on one device, and the memory its arguments travel through. The module's own.
 class Queue;
@@ -23,6 +23,10 @@ struct DeviceFacts {
   int64_t memory_bytes;  // that can be had now
 };
 
+// Device memory that a queue takes for itself at the start when its arithmetic is fast: what is recommended for
+// cuBLASLt on an H100, and room for the parts of sums that our own kernels share out.
+constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
+
 struct ModuleTable {
   uint32_t abi;           // the first member for ever: of a module with another number nothing else is read
   const char* built_for;  // "CUDA 13.0, sm_80 sm_90a"
@@ -32,6 +36,8 @@ struct ModuleTable {
   DeviceFacts (*device_facts)(int device);
   Queue* (*open_queue)(int device, Arithmetic arithmetic);
   void (*close_queue)(Queue* queue);
+  // What this queue has to do without, with the remedy; empty when nothing. As long as the queue lives.
+  const char* (*lacks)(const Queue* queue);
   // Waits until all work of the queue is done.
   void (*synchronize)(Queue* queue);
   // Zeroed memory on the queue's device, 256-byte aligned; null when it cannot be had.

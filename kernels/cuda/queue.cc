@@ -4,6 +4,8 @@
 #include <string>
 
 #include "kernels/check.h"
+#include "kernels/cuda/blas_lt.h"
+#include "kernels/cuda/module.h"
 
 namespace octet::cuda {
 namespace {
@@ -32,6 +34,10 @@ Queue::Queue(int device, Arithmetic arithmetic) : device_(device), arithmetic_(a
   check(cudaMalloc(&mailboxes, bytes), "allocating mailboxes");
   check(cudaMemsetAsync(mailboxes, 0, bytes, stream_), "emptying mailboxes");
   mailboxes_ = static_cast<uint64_t*>(mailboxes);
+  check(cudaMalloc(&workspace_, kWorkspaceBytes), "allocating the workspace");
+  std::string why;
+  blas_lt_ = BlasLt::open(workspace_, kWorkspaceBytes, &why);
+  if (blas_lt_ == nullptr) lacks_ = "cuBLASLt, so that Octet multiplies matrices more slowly itself: " + why;
 }
 
 Queue::~Queue() {
@@ -43,6 +49,8 @@ Queue::~Queue() {
   for (void* const scratch : outgrown_scratch_) (void)cudaFree(scratch);
   (void)cudaFree(scratch_);
   (void)cudaFree(mailboxes_);
+  blas_lt_.reset();
+  (void)cudaFree(workspace_);
   (void)cudaStreamDestroy(stream_);
 }
 

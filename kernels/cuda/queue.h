@@ -1,5 +1,5 @@
-// Queue: a CUDA stream, and the two memories that ops need beside their tensors: small arrays on their way from the
-// host to the device, and scratch. Only the module's own sources include this.
+// Queue: a CUDA stream, and the memories that ops need beside their tensors: small arrays on their way from the host to
+// the device, scratch, and a workspace that is there from the start. Only the module's own sources include this.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,6 +18,8 @@
 #include "kernels/memory.h"
 
 namespace octet::cuda {
+
+class BlasLt;
 
 // Ends the process when the device reports an error; `what` was being done.
 void check(cudaError_t error, const char* what);
@@ -77,6 +79,15 @@ class Queue {
   // multiprocessor: all 0 before an op, and it leaves them so.
   static constexpr int64_t kMailboxWords = 1024;
   uint64_t* mailboxes() const { return mailboxes_; }
+
+  // In fast mode, kWorkspaceBytes of device memory that the next op may use as well, and that never move: products of
+  // matrices choose how they are computed by what fits.
+  void* workspace() const { return workspace_; }
+
+  // Null where the library is missing, or its orders of sums are not allowed.
+  BlasLt* blas_lt() const { return blas_lt_.get(); }
+  // As in ModuleTable.
+  const std::string& lacks() const { return lacks_; }
 
   // How a kernel is started.
   struct Launch {
@@ -141,6 +152,9 @@ class Queue {
   int64_t scratch_bytes_ = 0;
   std::vector<void*> outgrown_scratch_;  // which recorded work still uses
   uint64_t* mailboxes_ = nullptr;
+  void* workspace_ = nullptr;
+  std::unique_ptr<BlasLt> blas_lt_;  // computes in the workspace
+  std::string lacks_;
   std::map<const void*, int64_t> shared_allowed_;  // by kernel
 };
 

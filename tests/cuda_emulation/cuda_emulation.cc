@@ -8,6 +8,7 @@
 #include <bit>
 #include <cstdio>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -50,10 +51,20 @@ class DeviceMemory {
     if (bytes > kMemoryBytes || used_ + pages > kMemoryBytes) return nullptr;
     char* const data = begin_ + used_;
     used_ += pages;
+    pages_of_[data] = pages;
     mprotect(data, pages, PROT_READ | PROT_WRITE);
     std::memset(data, kGarbage, bytes);
     if (users_ == 0) mprotect(data, pages, PROT_NONE);
     return data;
+  }
+
+  // The machine's memory goes back, the addresses do not.
+  void release(void* data) {
+    const std::lock_guard lock(mutex_);
+    const auto found = pages_of_.find(data);
+    if (found == pages_of_.end()) return;  // null
+    madvise(data, found->second, MADV_DONTNEED);
+    pages_of_.erase(found);
   }
 
   void open() {
@@ -71,6 +82,7 @@ class DeviceMemory {
   char* const begin_;
   size_t used_ = 0;
   int users_ = 0;
+  std::map<void*, size_t> pages_of_;  // bytes, by allocation
 };
 
 DeviceMemory& device_memory() {
@@ -81,7 +93,7 @@ DeviceMemory& device_memory() {
 }  // namespace
 
 void* allocate(size_t bytes) { return device_memory().allocate(bytes); }
-void release(void*) {}
+void release(void* data) { device_memory().release(data); }
 DeviceAccess::DeviceAccess() { device_memory().open(); }
 DeviceAccess::~DeviceAccess() { device_memory().close(); }
 
@@ -409,6 +421,7 @@ constexpr size_t kCopied = 16;
 void copy_async(void* shared, const void* global, bool there) {
   const auto misaligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % kCopied != 0; };
   if (misaligned(shared) || misaligned(global)) undefined_on_a_gpu("a copy to shared memory is not aligned");
+  std::memset(shared, kGarbage, kCopied);
   machine().running->copies.push_back({shared, there ? global : nullptr});
 }
 

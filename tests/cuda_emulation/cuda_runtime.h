@@ -24,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __host__
@@ -77,7 +78,8 @@ uint32_t scale_bf16(uint32_t pair, int exponent);
 int lane();
 
 // The calling thread's copies to shared memory, as kernels/cuda/copy_async.cuh says. They are made when they are waited
-// for, so that what is read too early is garbage; a thread that ends before ends the process.
+// for, and from their begin on what they replace is garbage, so that what is read too early or too late is; a thread
+// that ends before ends the process.
 void copy_async(void* shared, const void* global, bool there);
 void commit_copies();
 void wait_for_copies(size_t under_way);
