@@ -170,6 +170,17 @@ void Stream::synchronize() {
   if (module_ != nullptr) module_->synchronize(queue_);
 }
 
+bool Stream::is_done() const { return module_ == nullptr || module_->is_done(queue_); }
+
+void Stream::watch(Watch watch) {
+  watch_ = std::move(watch);
+  if (module_ == nullptr) return;
+  const auto look = [](void* context, int64_t waited_ms) {
+    (*static_cast<Watch*>(context))(std::chrono::milliseconds(waited_ms));
+  };
+  module_->watch(queue_, watch_ ? +look : nullptr, &watch_);
+}
+
 int Stream::threads() const { return pool_->threads(); }
 
 }  // namespace octet

@@ -4,7 +4,9 @@
 // host.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "kernels/tensor.h"
@@ -85,6 +87,13 @@ class Stream {
   Arithmetic arithmetic() const { return arithmetic_; }
   // Waits until everything that was asked for is done.
   void synchronize();
+  // Whether it is, without waiting.
+  bool is_done() const;
+  // From now on every wait for the device, in synchronize() as in an op that copies to the host, calls `watch` about
+  // every 10 ms with how long this wait has lasted. It may end the process, or throw; then the stream cannot be used
+  // again. Empty: nobody watches. On the CPU nothing waits.
+  using Watch = std::function<void(std::chrono::milliseconds waited)>;
+  void watch(Watch watch);
 
   const Backend& backend() const { return *backend_; }
   int threads() const;
@@ -103,6 +112,7 @@ class Stream {
   const Backend* backend_;
   const cuda::ModuleTable* module_ = nullptr;
   cuda::Queue* queue_ = nullptr;
+  Watch watch_;
 };
 
 }  // namespace octet

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <optional>
 #include <set>
 #include <tuple>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "launch/gpu_binding.h"
 #include "worker/memory_plan.h"
 
 namespace octet {
@@ -193,17 +195,18 @@ void judge_numa(const JobFacts& job, std::vector<Finding>* findings) {
   }
 }
 
-// Whether Slurm's --gpus-per-task, or a user, has left this rank one GPU of several, so that its peers' memory is out
-// of reach.
-bool hides_peers(const RankFacts& rank, const std::vector<const RankFacts*>& node) {
-  const std::vector<std::string> visible =
-      absl::StrSplit(variable(rank, "CUDA_VISIBLE_DEVICES"), ',', absl::SkipEmpty());
-  if (node.size() == 1 || rank.gpus.gpus.empty()) return false;
-  if (rank.gpus.gpus.size() > 1) return visible.size() == 1;
-  // The job's cgroup may hide them from the driver's library as well.
-  return std::any_of(node.begin(), node.end(), [&](const RankFacts* other) {
-    return !other->gpus.gpus.empty() && other->gpus.gpus[0].uuid != rank.gpus.gpus[0].uuid;
-  });
+GpuView view_of(const RankFacts& rank) {
+  const std::vector<GpuFacts>& gpus = rank.gpus.gpus;
+  if (gpus.empty()) return {};
+  const std::vector<std::string> named = absl::StrSplit(variable(rank, "CUDA_VISIBLE_DEVICES"), ',', absl::SkipEmpty());
+  const int present = static_cast<int>(gpus.size());
+  return {.visible = named.size() == 1 ? 1 : present, .present = present, .uuid = gpus[0].uuid};
+}
+
+std::optional<HiddenPeers> find_hidden_peers_of(const RankFacts& rank, const std::vector<const RankFacts*>& node) {
+  std::vector<GpuView> views;
+  for (const RankFacts* other : node) views.push_back(view_of(*other));
+  return find_hidden_peers(view_of(rank), views, [&](const char* name) { return variable(rank, name); });
 }
 
 Verdict judge_gpus_of(const RankFacts& rank, const std::vector<const RankFacts*>& node) {
@@ -217,9 +220,8 @@ Verdict judge_gpus_of(const RankFacts& rank, const std::vector<const RankFacts*>
     return {Level::kWarning, absl::StrCat("driver ", rank.gpus.driver, ", but no GPU is lent to this job"),
             "ask for them: srun --gpus-per-node=8, or --gres=gpu:8"};
   }
-  if (hides_peers(rank, node)) {
-    return {Level::kWarning, "each rank sees a single GPU: it cannot reach its peers' memory",
-            "srun --gpus-per-node=8 or --gres=gpu:8 instead of --gpus-per-task=1, and no CUDA_VISIBLE_DEVICES of one"};
+  if (const std::optional<HiddenPeers> hidden = find_hidden_peers_of(rank, node)) {
+    return {Level::kWarning, hidden->message, hidden->remedy};
   }
   std::set<std::string> kinds;
   for (const GpuFacts& gpu : gpus) kinds.insert(gpu.name);

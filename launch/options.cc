@@ -9,6 +9,19 @@ void add_threads_option(CLI::App& command, std::optional<int>* threads) {
       ->check(CLI::Range(1, 1024));
 }
 
+void add_all_reduce_option(CLI::App& command, AllReduce* all_reduce) {
+  std::map<std::string, AllReduce> kinds;
+  for (const AllReduce kind : {AllReduce::kAuto, AllReduce::kNccl, AllReduce::kP2p, AllReduce::kHost}) {
+    kinds[name_of(kind)] = kind;
+  }
+  command
+      .add_option_function<std::string>(
+          "--allreduce", [all_reduce, kinds](const std::string& name) { *all_reduce = kinds.at(name); },
+          "How ranks on GPUs sum: nccl, p2p (GPUs that read one another), host (through its memory, slow, works "
+          "everywhere), or auto, which says what it chose and why [auto]")
+      ->check(CLI::IsMember(kinds));
+}
+
 void add_memory_options(CLI::App& command, MemoryOptions* options) {
   command
       .add_option("--kv-memory", options->kv_memory_bytes,

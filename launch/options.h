@@ -8,6 +8,7 @@
 #include <CLI/CLI.hpp>
 
 #include "kernels/memory.h"
+#include "worker/collective/device_communicator.h"
 #include "worker/memory_plan.h"
 #include "worker/model/weights.h"
 
@@ -23,8 +24,10 @@ struct RuntimeOptions {
 };
 
 void add_threads_option(CLI::App& command, std::optional<int>* threads);
+// How ranks on GPUs sum.
+void add_all_reduce_option(CLI::App& command, AllReduce* all_reduce);
 void add_memory_options(CLI::App& command, MemoryOptions* options);
-// With the two above.
+// With threads and memory.
 void add_runtime_options(CLI::App& command, RuntimeOptions* options);
 
 }  // namespace octet

@@ -154,7 +154,7 @@ RankFacts probe_machine(const std::string& nvml_library, const std::string& numa
   facts.host = system.nodename;
   facts.versions = {{"Linux", system.release}, {"glibc", gnu_get_libc_version()}};
   for (const char* name : {"OMPI_COMM_WORLD_SIZE", "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_JOB_NUM_NODES",
-                           "SLURM_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK", "CUDA_VISIBLE_DEVICES"}) {
+                           "SLURM_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "CUDA_VISIBLE_DEVICES"}) {
     if (const char* value = std::getenv(name); value != nullptr) facts.environment[name] = value;
   }
   facts.cpus = allowed_cpus();

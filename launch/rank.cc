@@ -19,13 +19,15 @@
 #include "kernels/cuda/open_module.h"
 #include "launch/bootstrap.h"
 #include "launch/flight_directory.h"
+#include "launch/gpu_binding.h"
 #include "launch/machine.h"
 #include "launch/progress.h"
 #include "launch/version.h"
 #include "worker/checkpoint/checkpoint.h"
 #include "worker/checkpoint/inspect.h"
+#include "worker/collective/device_communicator.h"
 #include "worker/collective/mpi_communicator.h"
-#include "worker/collective/staged_communicator.h"
+#include "worker/collective/nccl_api.h"
 #include "worker/flight_recorder.h"
 #include "worker/kv_cache.h"
 #include "worker/numerics.h"
@@ -46,6 +48,8 @@ void end_within(unsigned seconds, int exit_status) {
   signal(SIGALRM, [](int) { _exit(late_exit_status); });
   alarm(seconds);
 }
+
+const char* environment(const char* name) { return std::getenv(name); }
 
 LastWordsKind kind_of(const absl::Status& cause) {
   if (absl::IsDeadlineExceeded(cause)) return LastWordsKind::kWatchdog;
@@ -100,15 +104,15 @@ class Rank {
 
   // The last resort: a rank inside a collective whose peers are gone never comes back, so its process ends here.
   [[noreturn]] void end_process(const absl::Status& cause) const {
-    begin_to_fail(cause);
+    // What ends another rank is that it has lost this job's rank 0, whatever its stream calls it.
+    begin_to_fail(leads() ? kind_of(cause) : LastWordsKind::kLost, cause);
     log_line(LogLevel::kError, absl::StrFormat("rank %d ends: %s", bootstrap_.rank(), std::string(cause.message())));
     std::_Exit(options_.lost);
   }
 
   // The cause is on record before anything else is tried.
-  void begin_to_fail(const absl::Status& cause) const {
-    // What ends another rank is that it has lost this job's rank 0, whatever its stream calls it.
-    recorder_->last_words(leads() ? kind_of(cause) : LastWordsKind::kLost, std::string(cause.message()));
+  void begin_to_fail(LastWordsKind kind, const absl::Status& cause) const {
+    recorder_->last_words(kind, std::string(cause.message()));
     end_within(kSecondsToFail, options_.lost);
   }
 
@@ -138,12 +142,49 @@ class Rank {
 
   absl::Status open_device() {
     if (options_.device == Device::kCpu) return absl::OkStatus();
+    if (absl::Status status = bootstrap_.agree(find_gpu()); !status.ok()) return status;
+    compare_gpus();
+    return absl::OkStatus();
+  }
+
+  absl::Status find_gpu() {
     absl::StatusOr<const cuda::ModuleTable*> module = cuda::open_module(cuda::module_path());
     if (!module.ok()) return module.status();
-    if (absl::Status status = cuda::check_device(**module, bootstrap_.local_rank()); !status.ok()) return status;
+    const char* why = "";
+    gpu_view_.visible = (*module)->device_count(&why);
+    absl::StatusOr<int> chosen = choose_gpu(gpu_view_.visible, bootstrap_.local_rank(), bootstrap_.local_size());
+    if (!chosen.ok()) return chosen.status();
+    if (absl::Status status = cuda::check_device(**module, *chosen); !status.ok()) return status;
     module_ = *module;
-    gpu_ = module_->device_facts(bootstrap_.local_rank());
+    gpu_number_ = *chosen;
+    gpu_ = module_->device_facts(gpu_number_);
+    gpu_view_.uuid = gpu_->uuid;
     return absl::OkStatus();
+  }
+
+  // With those of the other ranks: who shares one, and who has been left a single one.
+  void compare_gpus() {
+    const std::vector<std::string> uuids = bootstrap_.all_gather(gpu_view_.uuid);
+    const std::vector<uint64_t> visible = bootstrap_.all_gather(static_cast<uint64_t>(gpu_view_.visible));
+    std::vector<GpuView> node;
+    for (int r = 0; r < bootstrap_.size(); ++r) {
+      if (bootstrap_.node_of_rank()[r] != bootstrap_.node_of_rank()[bootstrap_.rank()]) continue;
+      node.push_back({.visible = static_cast<int>(visible[r]), .uuid = uuids[r]});
+    }
+    ranks_on_gpu_ = std::count(uuids.begin(), uuids.end(), gpu_view_.uuid);
+    if (bootstrap_.local_rank() != 0) return;
+    if (ranks_on_gpu_ > 1) {
+      log_line(LogLevel::kWarning, absl::StrCat(ranks_on_gpu_,
+                                                " ranks share one GPU: they take turns on it and divide its "
+                                                "memory, which is for tests only"));
+    }
+    const auto variable = [](const char* name) {
+      const char* const value = environment(name);
+      return std::string(value == nullptr ? "" : value);
+    };
+    if (const std::optional<HiddenPeers> hidden = find_hidden_peers(gpu_view_, node, variable)) {
+      log_line(LogLevel::kWarning, absl::StrCat(hidden->message, ": ", hidden->remedy));
+    }
   }
 
   absl::Status open_model() {
@@ -188,7 +229,8 @@ class Rank {
     shard_ = *shard;
     absl::StatusOr<int64_t> memory = bootstrap_.own_memory();
     if (!memory.ok()) return memory.status();
-    if (gpu_) memory = gpu_->memory_bytes - (arithmetic() == Arithmetic::kFast ? cuda::kWorkspaceBytes : 0);
+    if (gpu_)
+      memory = gpu_->memory_bytes / ranks_on_gpu_ - (arithmetic() == Arithmetic::kFast ? cuda::kWorkspaceBytes : 0);
     threads_ = options_.runtime.threads.value_or(bootstrap_.own_cores());
     const std::vector<uint64_t> memories = bootstrap_.all_gather(static_cast<uint64_t>(*memory));
     const std::vector<uint64_t> threads = bootstrap_.all_gather(static_cast<uint64_t>(threads_));
@@ -244,7 +286,7 @@ class Rank {
     if (module_ == nullptr) {
       stream_.emplace(host);
     } else {
-      stream_.emplace(*module_, bootstrap_.local_rank(), arithmetic(), host);
+      stream_.emplace(*module_, gpu_number_, arithmetic(), host);
       const std::string lacks = module_->lacks(stream_->queue());
       if (bootstrap_.local_rank() == 0 && !lacks.empty()) log_line(LogLevel::kWarning, "GPUs here do without " + lacks);
     }
@@ -256,8 +298,9 @@ class Rank {
     absl::StatusOr<std::unique_ptr<Communicator>> communicator = make_mpi_communicator(window);
     if (!communicator.ok()) return communicator.status();
     communicator_ = *std::move(communicator);
-    if (gpu_) communicator_ = std::make_unique<StagedCommunicator>(std::move(communicator_), host);
-
+    if (gpu_) {
+      if (absl::Status status = join_gpus(window.map, host); !status.ok()) return status;
+    }
     LoadOptions load{.activations = options_.runtime.activations};
     std::optional<Progress> progress;
     if (leads() && options_.log_format == LogFormat::kText) {
@@ -291,6 +334,31 @@ class Rank {
                     : std::string(status.message()));
   }
 
+  absl::Status join_gpus(const RankMap& map, const Stream::CpuOptions& host) {
+    NcclOptions nccl{.map = map,
+                     .place = [this] { return place(); },
+                     .record = [this](const absl::Status& cause) { begin_to_fail(kind_of(cause), cause); },
+                     .end = [this](const absl::Status& cause) { end_process(cause); }};
+    if (options_.watchdog_floor_seconds == 0) nccl.wait_deadline = std::chrono::milliseconds::max();
+    absl::StatusOr<DeviceCommunicator> device = make_device_communicator(
+        *stream_, std::move(communicator_), [] { return open_nccl(environment); },
+        {.wanted = options_.all_reduce, .gpu = gpu_->uuid, .host = host, .nccl = std::move(nccl)});
+    if (!device.ok()) return device.status();
+    communicator_ = std::move(device->communicator);
+    if (leads() && bootstrap_.size() > 1) {
+      log(absl::StrCat("sums over ranks: --allreduce ", name_of(device->choice.kind), ": ", device->choice.reason));
+    }
+    return absl::OkStatus();
+  }
+
+  // "step 12, 0.41 s old", for who looks into a failure.
+  std::string place() const {
+    const Place place = recorder_->place();
+    const std::chrono::duration<double> age = recorder_->step_age(FlightRecorder::Clock::now());
+    return place.in_step ? absl::StrFormat("step %d, %.2f s old", place.step, age.count())
+                         : absl::StrFormat("after step %d", place.step);
+  }
+
   // Rank 0 opens the door through which the others will fetch their plans.
   absl::Status open_plan_streams() {
     if (!leads()) return absl::OkStatus();
@@ -300,7 +368,7 @@ class Rank {
                                   .host = host_name(),
                                   .on_failure =
                                       [this](const absl::Status& cause) {
-                                        begin_to_fail(cause);
+                                        begin_to_fail(kind_of(cause), cause);
                                         drain_->fail(cause);
                                       },
                                   .watchdog = {.floor = absl::ToChronoNanoseconds(silence())},
@@ -367,6 +435,9 @@ class Rank {
   std::unique_ptr<FlightRecorder> recorder_;
   const cuda::ModuleTable* module_ = nullptr;  // with --device cuda
   std::optional<cuda::DeviceFacts> gpu_;       // this rank's, likewise
+  int gpu_number_ = 0;                         // among those that it sees
+  GpuView gpu_view_;
+  int64_t ranks_on_gpu_ = 1;
   std::optional<Checkpoint> checkpoint_;
   std::optional<ShardSpec> shard_;
   std::optional<MemoryPlan> plan_;
@@ -393,6 +464,7 @@ void add_rank_options(CLI::App& command, RankOptions* options) {
           [options](const std::string& name) { options->device = name == "cuda" ? Device::kCuda : Device::kCpu; },
           "What ranks compute on: cpu, or cuda, for each a GPU of its own [cpu: it starts everywhere]")
       ->check(CLI::IsMember({"cpu", "cuda"}));
+  add_all_reduce_option(command, &options->all_reduce);
   const auto set = [options](Arithmetic arithmetic) {
     return [options, arithmetic](int64_t) { options->arithmetic = arithmetic; };
   };

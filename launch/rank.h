@@ -26,6 +26,7 @@ namespace octet {
 struct RankOptions {
   RuntimeOptions runtime;
   Device device = Device::kCpu;
+  AllReduce all_reduce = AllReduce::kAuto;    // of GPUs
   Arithmetic arithmetic = Arithmetic::kFast;  // of GPUs, CPUs are always reproducible
   std::string pretend_nodes;
   LogFormat log_format = LogFormat::kText;

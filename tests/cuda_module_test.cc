@@ -121,10 +121,12 @@ TEST_F(Binary, AnswersOnEmulatedGpusWhatItAnswersOnTheCpu) {
 )";
   const auto answers_on = [&](const std::string& device, int ranks) {
     const std::string output = folder() / (device + ".jsonl");
-    const Finished batch = run_command(mpirun(ranks, {folder() / "octet", "batch", "--model", model, "--device", device,
-                                                      "--threads", "1", "--max-context", "64", "--max-sequences", "4",
-                                                      "--created", "1700000000", "--input", input, "--output", output}),
-                                       mpirun_environment());
+    const Finished batch =
+        run_command(mpirun(ranks, {folder() / "octet", "batch", "--model",   model,        "--device",      device,
+                                   "--allreduce",      "host",  "--threads", "1",          "--max-context", "64",
+                                   "--max-sequences",  "4",     "--created", "1700000000", "--input",       input,
+                                   "--output",         output}),
+                    mpirun_environment());
     EXPECT_EQ(batch.status, 0) << batch.err;
     // Who answered is part of a line, what was answered must be the same.
     std::vector<nlohmann::json> choices;

@@ -147,7 +147,7 @@ TEST(Doctor, WarnsWhenSlurmHidesPeersFromARank) {
   for (RankFacts& rank : cgroup.ranks) rank.gpus.gpus[0].uuid = absl::StrCat("GPU-", rank.rank);
   for (const JobFacts& job : {visible, cgroup}) {
     expect_complaint(job, FindingLevel::kWarning, "GPUs", {0, 1, 2, 3},
-                     {"--gpus-per-task=1", "--gpus-per-node=8", "--gres"});
+                     {"--gpus-per-task=1", "--gpus-per-node=4", "--gres"});
   }
 }
 

@@ -35,9 +35,9 @@ const std::vector<Library>& libraries() {
   static const std::vector<Library> kLibraries = {
       {"MPI", std::regex("mpi\\.h|mpi-ext\\.h"),
        std::regex("launch/bootstrap.*|worker/collective/mpi_communicator.*|tests/.*")},
-      {"NCCL", std::regex("nccl.*\\.h"), std::regex("worker/collective/nccl_communicator.*|tests/.*")},
+      {"NCCL", std::regex("nccl.*\\.h"), std::regex("worker/collective/nccl_abi_check\\.cc|tests/.*")},
       {"CUDA", std::regex("(cuda|cublas|cudnn|nvtx|cub/|cute/|cutlass|driver_types|vector_types).*"),
-       std::regex("kernels/cuda/.*|worker/collective/(nccl|cuda_ipc)_communicator.*|tests/.*")},
+       std::regex("kernels/cuda/.*|worker/collective/cuda_ipc_communicator.*|tests/.*")},
       {"gRPC", std::regex("(grpc|grpcpp|grpc\\+\\+)/.*|.*\\.grpc\\.pb\\.h"),
        std::regex("worker/worker_service.*|coordinator/(rpc_.*|.*_service|.*_call|token_auth|server.*)\\..*|launch/"
                   ".*|tests/.*")},

@@ -223,6 +223,7 @@ void FlightRecorder::end(Span span, Clock::time_point now) {
 }
 
 void FlightRecorder::begin_step(uint64_t step, int64_t tokens, Clock::time_point now) {
+  step_begin_ = now;
   step_ = begin(FlightEvent::kStep, 0, step, tokens, nanoseconds(now), 0);
   file_->header.step.store(step, std::memory_order_relaxed);
   file_->header.in_step.store(1, std::memory_order_release);

@@ -36,6 +36,8 @@ class FlightRecorder {
   void end_step(Clock::time_point now);
   void begin_collective(FlightEvent event, int64_t bytes, Clock::time_point now);
   void end_collective(Clock::time_point now);
+  // How long ago the last step began.
+  Clock::duration step_age(Clock::time_point now) const { return now - step_begin_; }
 
   // ---- Any thread
   // Something that takes no time: a phase of the start begins, a plan came, an answer went.
@@ -59,6 +61,7 @@ class FlightRecorder {
   const std::string directory_;
   FlightFile* const file_;
   Span step_, collective_;
+  Clock::time_point step_begin_;
   bool catching_ = false;
 };
 

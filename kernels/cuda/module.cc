@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 #include "kernels/cuda/cuda_ops.h"
@@ -20,6 +21,16 @@ int device_count(const char** why) {
   return 0;
 }
 
+// As the driver's tools write it: GPU-8-4-4-4-12 digits.
+void write_uuid(const cudaUUID_t& uuid, char (&text)[48]) {
+  size_t at = static_cast<size_t>(std::snprintf(text, sizeof(text), "GPU"));
+  for (int i = 0; i < 16; ++i) {
+    const char* const separator = i == 0 || i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "";
+    at += static_cast<size_t>(std::snprintf(text + at, sizeof(text) - at, "%s%02x", separator,
+                                            static_cast<unsigned>(static_cast<unsigned char>(uuid.bytes[i]))));
+  }
+}
+
 DeviceFacts device_facts(int device) {
   check(cudaSetDevice(device), "choosing the device");
   size_t free = 0, total = 0;
@@ -27,7 +38,8 @@ DeviceFacts device_facts(int device) {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, device), "reading a device's properties");
   DeviceFacts facts = {
-      .name = {}, .major = properties.major, .minor = properties.minor, .memory_bytes = static_cast<int64_t>(free)};
+      .major = properties.major, .minor = properties.minor, .memory_bytes = static_cast<int64_t>(free)};
+  write_uuid(properties.uuid, facts.uuid);
   std::memcpy(facts.name, properties.name, std::min(sizeof(facts.name), sizeof(properties.name)) - 1);
   return facts;
 }
@@ -36,6 +48,13 @@ Queue* open_queue(int device, Arithmetic arithmetic) { return new Queue(device, 
 void close_queue(Queue* queue) { delete queue; }
 const char* lacks(const Queue* queue) { return queue->lacks().c_str(); }
 void synchronize(Queue* queue) { queue->synchronize(); }
+bool is_done(Queue* queue) { return queue->is_done(); }
+void watch(Queue* queue, WatchFunction* watch, void* context) { queue->watch(watch, context); }
+
+void* native_stream(Queue* queue) {
+  check(cudaSetDevice(queue->device()), "choosing the device");
+  return queue->stream();
+}
 
 void* allocate(Queue* queue, int64_t bytes) {
   check(cudaSetDevice(queue->device()), "choosing the device");
@@ -104,6 +123,9 @@ constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .close_queue = close_queue,
                                 .lacks = lacks,
                                 .synchronize = synchronize,
+                                .is_done = is_done,
+                                .watch = watch,
+                                .native_stream = native_stream,
                                 .allocate = allocate,
                                 .release = release,
                                 .allocate_page_locked = allocate_page_locked,

@@ -10,15 +10,19 @@
 namespace octet::cuda {
 
 // Raised by every change to ModuleTable, to Backend, or to a type that either names.
-constexpr uint32_t kModuleAbi = 4;
+constexpr uint32_t kModuleAbi = 5;
 
 // An ordered queue of work on one device, and the memory its arguments travel through. The module's own.
 class Queue;
 // What was recorded on a queue, ready to be started.
 class RecordedWork;
 
+// Looks after a wait that has lasted `waited_ms`; may end the process.
+using WatchFunction = void(void* context, int64_t waited_ms);
+
 struct DeviceFacts {
   char name[256];
+  char uuid[48];         // "GPU-5c9f...", as nvidia-smi -L shows it: no two in the world have the same
   int major, minor;      // compute capability
   int64_t memory_bytes;  // that can be had now
 };
@@ -40,6 +44,13 @@ struct ModuleTable {
   const char* (*lacks)(const Queue* queue);
   // Waits until all work of the queue is done.
   void (*synchronize)(Queue* queue);
+  // Whether it is, without waiting.
+  bool (*is_done)(Queue* queue);
+  // From now on every wait for the queue, whichever function it happens in, calls watch(context, ...) about every 10
+  // ms. Null: nobody watches.
+  void (*watch)(Queue* queue, WatchFunction* watch, void* context);
+  // The CUDA stream, for a library that puts work on it; the calling thread's device is the queue's from here on.
+  void* (*native_stream)(Queue* queue);
   // Zeroed memory on the queue's device, 256-byte aligned; null when it cannot be had.
   void* (*allocate)(Queue* queue, int64_t bytes);
   void (*release)(Queue* queue, void* data);

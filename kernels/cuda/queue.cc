@@ -1,7 +1,9 @@
 #include "kernels/cuda/queue.h"
 
 #include <algorithm>
+#include <chrono>
 #include <string>
+#include <thread>
 
 #include "kernels/check.h"
 #include "kernels/cuda/blas_lt.h"
@@ -13,6 +15,7 @@ namespace {
 constexpr int64_t kFirstUploads = int64_t{1} << 20;
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kSharedUnasked = 48 << 10;  // bytes of shared memory
+constexpr std::chrono::milliseconds kBetweenLooks{10};
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -59,9 +62,31 @@ void Queue::forbid_while_recording(const char* what) const {
                                ": the same work must have been done once before, with arguments that do not change");
 }
 
+// Polling costs the core that the driver's own wait would spin on as well, and a wait that nothing can end is one that
+// a lost peer makes endless.
 void Queue::synchronize() {
   forbid_while_recording("the queue was to be waited for");
-  check(cudaStreamSynchronize(stream_), "waiting for the queue");
+  if (watch_ == nullptr) return check(cudaStreamSynchronize(stream_), "waiting for the queue");
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point begin = Clock::now();
+  Clock::time_point look = begin + kBetweenLooks;
+  while (!is_done()) {
+    std::this_thread::yield();
+    const Clock::time_point now = Clock::now();
+    if (now < look) continue;
+    watch_(watch_context_, std::chrono::duration_cast<std::chrono::milliseconds>(now - begin).count());
+    look = now + kBetweenLooks;
+  }
+}
+
+bool Queue::is_done() {
+  const cudaError_t error = cudaStreamQuery(stream_);
+  if (error == cudaErrorNotReady) {
+    (void)cudaGetLastError();  // it is kept as if it were an error
+    return false;
+  }
+  check(error, "asking the queue whether it is done");
+  return true;
 }
 
 Queue::Uploads Queue::make_uploads(int64_t bytes) {

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cuda/module.h"
 #include "kernels/memory.h"
 
 namespace octet::cuda {
@@ -50,7 +51,13 @@ class Queue {
   // Multiprocessors of the device.
   int processors() const { return processors_; }
   cudaStream_t stream() const { return stream_; }
+  // Every wait for the device is this one, so that a watch sees them all.
   void synchronize();
+  bool is_done();
+  void watch(WatchFunction* watch, void* context) {
+    watch_ = watch;
+    watch_context_ = context;
+  }
 
   // The calling thread's device is this one from here on, and what was uploaded for ops before may go.
   void begin_op();
@@ -139,6 +146,8 @@ class Queue {
   const Arithmetic arithmetic_;
   int major_ = 0, processors_ = 0;
   cudaStream_t stream_ = nullptr;
+  WatchFunction* watch_ = nullptr;
+  void* watch_context_ = nullptr;
   // Filled from the front; begun anew, when the queue was waited for, at the first op that finds it half full.
   Uploads uploads_;
   int64_t uploads_used_ = 0;

@@ -192,6 +192,8 @@ TreeSum arguments(Queue& queue, std::span<const Tensor> pieces, std::span<const 
 
 // Waits: a copy from or to the host is over when it returns.
 void copy(Stream& stream, const Tensor& from, const Tensor& to) {
+  // A copy to pageable memory waits within the driver, where no watch sees it: let there be nothing left to wait for.
+  if (from.device() == Device::kCuda && to.device() == Device::kCpu) stream.queue()->synchronize();
   cuda::queue_copy(stream, from, to);
   if (from.device() != to.device()) stream.queue()->synchronize();
 }

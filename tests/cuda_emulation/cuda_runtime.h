@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -20,6 +21,7 @@
 #include <functional>
 #include <map>
 #include <span>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -28,6 +30,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static thread_local  // blocks of one thread run one after the other
@@ -128,7 +131,13 @@ inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
 
 // ---- Host functions: they do at once what a stream would do later, unless it records
 
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInvalidValue, cudaErrorStreamCaptureUnsupported };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorMemoryAllocation,
+  cudaErrorInvalidValue,
+  cudaErrorNotReady,
+  cudaErrorStreamCaptureUnsupported
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum { cudaStreamNonBlocking };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
@@ -139,6 +148,8 @@ using Work = std::function<void()>;
 struct Stream {
   bool records = false;
   std::vector<Work> recorded;
+  // How many of the things that somebody else (a library of collectives) has put on the stream are not done.
+  std::atomic<int> unfinished = 0;
 
   // Does `work`, or takes it down. It holds by value what it is given.
   cudaError_t put(Work work) {
@@ -157,8 +168,13 @@ using cudaStream_t = cuda_emulation::Stream*;
 using cudaGraph_t = std::vector<cuda_emulation::Work>*;
 using cudaGraphExec_t = std::vector<cuda_emulation::Work>*;
 
+struct cudaUUID_t {
+  char bytes[16];
+};
+
 struct cudaDeviceProp {
   char name[256];
+  cudaUUID_t uuid;
   int major, minor;
 };
 
@@ -211,6 +227,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorNotReady) return "not ready";
   if (error == cudaErrorMemoryAllocation) return "out of memory";
   return error == cudaErrorInvalidValue ? "invalid argument" : "operation not permitted when stream is capturing";
 }
@@ -220,8 +237,8 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 8;
   return cudaSuccess;
 }
-inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {.name = "emulated", .major = 9, .minor = 0};
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  *properties = {.name = "emulated", .uuid = {.bytes = {static_cast<char>(device)}}, .major = 9, .minor = 0};
   return cudaSuccess;
 }
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
@@ -242,7 +259,12 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  while (stream->unfinished != 0) std::this_thread::yield();
   return stream->records ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  if (stream->records) return cudaErrorStreamCaptureUnsupported;
+  return stream->unfinished == 0 ? cudaSuccess : cudaErrorNotReady;
 }
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   stream->records = true;

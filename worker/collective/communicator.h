@@ -34,7 +34,7 @@ class Communicator {
   // Finishes a row-parallel layer. partials [nodes, tokens, n] F32 are this rank's maximal subtrees
   // (linear_over_slices()); every rank ends with residual [tokens, n] BF16 = bf16(residual + the whole tree's sum),
   // equal bits everywhere. On the memory of the stream's device, which for several ranks is the host unless the
-  // communicator says otherwise.
+  // communicator says otherwise. What partials hold afterwards is undefined.
   virtual void reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) = 0;
 
   // reduce_over_slices(), then rms_norm_and_quantize() of the residual stream: where ranks meet on the device, one
