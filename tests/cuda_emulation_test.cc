@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/copy_async.cuh"
 #include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/load_matrix.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/fp8.h"
 
@@ -140,6 +141,38 @@ TEST(CudaEmulation, ShufflesWithinAWarpAndItsSegments) {
   for (unsigned i = 0; i < kThreads; ++i) {
     EXPECT_EQ(across[i], static_cast<float>(i ^ 5));
     EXPECT_EQ(down[i], static_cast<float>(i % 8 + 3 < 8 ? i + 3 : i));
+  }
+}
+
+TEST(CudaEmulation, LoadsMatricesOfSharedMemoryAsFragments) {
+  // Element (row, column) of matrix i is 64 i + 8 row + column; rows lie backwards.
+  alignas(16) static uint16_t rows[32][8];
+  for (int i = 0; i < 256; ++i) rows[31 - i / 8][i % 8] = static_cast<uint16_t>(i);
+  uint32_t plain[32][4], transposed[32][4];
+  cuda_emulation::run_grid(1, 32, [&] {
+    cuda::load_matrices(plain[threadIdx.x], rows[31 - threadIdx.x]);
+    cuda::load_transposed_matrices(transposed[threadIdx.x], rows[31 - threadIdx.x]);
+  });
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    const uint32_t g = lane / 4, t = lane % 4;
+    for (uint32_t i = 0; i < 4; ++i) {
+      EXPECT_EQ(plain[lane][i], 64 * i + 8 * g + 2 * t + ((64 * i + 8 * g + 2 * t + 1) << 16));
+      EXPECT_EQ(transposed[lane][i], 64 * i + 16 * t + g + ((64 * i + 16 * t + 8 + g) << 16));
+    }
+  }
+}
+
+TEST(CudaEmulation, ShufflesFromLanesAndVotes) {
+  uint32_t up[32], from[32], votes[32];
+  cuda_emulation::run_grid(1, 32, [&] {
+    up[threadIdx.x] = __shfl_up_sync(0xFFFFFFFF, threadIdx.x, 4);
+    from[threadIdx.x] = __shfl_sync(0xFFFFFFFF, threadIdx.x, 17);
+    votes[threadIdx.x] = __ballot_sync(0xFFFFFFFF, threadIdx.x % 3 == 1);
+  });
+  for (uint32_t i = 0; i < 32; ++i) {
+    EXPECT_EQ(up[i], i < 4 ? i : i - 4);
+    EXPECT_EQ(from[i], 17u);
+    EXPECT_EQ(votes[i], 0x92492492u);
   }
 }
 

@@ -425,6 +425,36 @@ TEST(CudaAttention, ManyTokensWalkTheirChunksInOneBlockWithTheSameBits) {
   expect_same_attention("prefill", CacheCase(random, 4, 2, 32, {600, 300}, {260, 3}));
 }
 
+TEST(CudaAttention, IsNearTheReproducibleResultInFastArithmeticAlsoWhenRecorded) {
+  Random random(18);
+  for (const int64_t head_dim : {64, 80, 128}) {  // 80: there are no fast kernels for it
+    const CacheCase setup(random, 4, 2, head_dim, {300, 40}, {1, 40});
+    std::vector<Owned> results;
+    for (const Arithmetic arithmetic : {Arithmetic::kReproducible, Arithmetic::kFast}) {
+      Stream stream(module(), 0, arithmetic, kHost);
+      Place place(stream);
+      const Tensor q = place.put(setup.q), out = place.zeros(DType::kBF16, setup.q.tensor.shape());
+      const KvLayer cache = {.keys = place.put(setup.keys), .values = place.put(setup.values)};
+      const AttentionBatch batch = place.put(setup.batch());
+      const auto attend = [&] { attention(stream, q, cache, batch, out); };
+      const auto read = [&] {
+        results.emplace_back(DType::kBF16, out.shape());
+        copy(stream, out, results.back());
+      };
+      attend();
+      read();
+      const Graph graph(stream, attend);
+      copy(stream, setup.q, out);
+      graph.launch();
+      read();
+    }
+    expect_same_bits(results[1], results[0], "reproducible, recorded");
+    expect_same_bits(results[3], results[2], "fast, recorded");
+    // Values are averages of normal numbers, weighed by probabilities of 8 bits.
+    expect_near(results[2], results[0], std::ldexp(1.0, -7), std::ldexp(3.0, -8), "fast");
+  }
+}
+
 TEST(CudaQueue, TakesArgumentsOfAnySize) {
   Random random(13);
   const Owned blocks = random.bf16({2, 1, 1, kKvBlockTokens, 2});

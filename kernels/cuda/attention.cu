@@ -2,14 +2,14 @@
 // one chunk of positions or all of them. Decode is bound by reading the cache, and long contexts of few tokens are
 // shared out over blocks by chunks; partial results meet in a second kernel, left to right as they do inside a block.
 //
-// Prefill computes the same way, reading the cache once for each token: correct, and not yet what tensor cores can do.
-// The layout is ready for them: a dword of a key block is the pair of elements of one position that a lane of
-// mma.m16n8k16 wants as its B operand, and the sixteen dwords of a pair are neighbours.
+// Prefill computes the same way, reading the cache once for each token: the bits ask for it. Fast mode has kernels of
+// its own (flash_attention.h).
 #include <algorithm>
 #include <cmath>
 
 #include "kernels/cuda/arithmetic.cuh"
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/flash_attention.h"
 #include "kernels/cuda/queue.h"
 
 namespace octet::cuda {
@@ -350,6 +350,10 @@ void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const Atte
   const int64_t tokens = q.dim(0), heads = q.dim(1), head_dim = q.dim(2), kv_heads = cache.values.dim(1);
   if (tokens == 0) return;
   Queue& queue = queue_of(stream);
+  if (queue.arithmetic() == Arithmetic::kFast && has_flash_attention(head_dim)) {
+    flash_attention(queue, q, cache, {}, batch, out);
+    return;
+  }
   const int64_t chunks = (batch.context + kAttentionChunk - 1) / kAttentionChunk;
   Attend a = {.q = q.as<uint16_t>(),
               .out = out.as<uint16_t>(),

@@ -379,6 +379,17 @@ uint32_t shuffle(unsigned lanes, uint32_t bits, int from) {
   return result;
 }
 
+uint32_t vote(unsigned lanes, bool yes) {
+  const uint32_t mine = yes ? 1 : 0;
+  bring(lanes, {&mine, 1});
+  uint32_t votes = 0;
+  for (int i = 0; i < kWarp; ++i) {
+    if ((lanes >> i & 1) != 0) votes |= brought_by(i)[0] << i;
+  }
+  end_exchange(lanes);
+  return votes;
+}
+
 namespace {
 
 // Exact products, one rounding of the sum: what tensor cores come close to, in an order of their own.
@@ -421,7 +432,7 @@ constexpr size_t kCopied = 16;
 void copy_async(void* shared, const void* global, bool there) {
   const auto misaligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % kCopied != 0; };
   if (misaligned(shared) || misaligned(global)) undefined_on_a_gpu("a copy to shared memory is not aligned");
-  std::memset(shared, kGarbage, kCopied);
+  std::memset(shared, kGarbage, kCopied);  // whoever still reads what lay there sees it
   machine().running->copies.push_back({shared, there ? global : nullptr});
 }
 
@@ -442,6 +453,27 @@ void wait_for_copies(size_t under_way) {
       }
     }
   }
+}
+
+void load_matrices(uint32_t (&words)[4], const void* row, bool transposed) {
+  constexpr unsigned kAll = 0xFFFFFFFF;
+  const auto address = reinterpret_cast<uintptr_t>(row);
+  if (address % 16 != 0) undefined_on_a_gpu("a row of a matrix is not aligned");
+  const uint32_t halves[] = {static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32)};
+  bring(kAll, halves);
+  const auto element = [](int matrix, int row, int column) {
+    const auto from = brought_by(8 * matrix + row);
+    return reinterpret_cast<const uint16_t*>(uintptr_t{from[1]} << 32 | from[0])[column];
+  };
+  const int group = lane() / 4, in_group = lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    words[i] = 0;
+    for (int half = 0; half < 2; ++half) {
+      const int at = 2 * in_group + half;
+      words[i] |= uint32_t{transposed ? element(i, at, group) : element(i, group, at)} << 16 * half;
+    }
+  }
+  end_exchange(kAll);
 }
 
 uint32_t scale_bf16(uint32_t pair, int exponent) {

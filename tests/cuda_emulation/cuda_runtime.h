@@ -73,9 +73,13 @@ std::span<const uint32_t> brought_by(int lane);
 void end_exchange(unsigned lanes);
 // The bits that lane `from` of the warp brought to the same shuffle.
 uint32_t shuffle(unsigned lanes, uint32_t bits, int from);
+// A bit for each of the lanes that says yes.
+uint32_t vote(unsigned lanes, bool yes);
 // A warp's tensor core, as kernels/cuda/mma.cuh says.
 void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void multiply_e4m3(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+// As kernels/cuda/load_matrix.cuh says.
+void load_matrices(uint32_t (&words)[4], const void* row, bool transposed);
 // Two BF16 values times 2^exponent, denormals heeded. Products must be representable.
 uint32_t scale_bf16(uint32_t pair, int exponent);
 int lane();
@@ -97,6 +101,23 @@ inline constinit thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline void __syncthreads() { cuda_emulation::block_barrier(); }
 inline void __syncwarp(unsigned lanes = 0xFFFFFFFF) { cuda_emulation::warp_barrier(lanes); }
 
+template <typename T>
+T __shfl_sync(unsigned lanes, T value, int from) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = cuda_emulation::shuffle(lanes, bits, from);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+// The first `delta` lanes keep their own value.
+template <typename T>
+T __shfl_up_sync(unsigned lanes, T value, int delta) {
+  const int lane = cuda_emulation::lane();
+  return __shfl_sync(lanes, value, lane < delta ? lane : lane - delta);
+}
+inline unsigned __ballot_sync(unsigned lanes, bool yes) { return cuda_emulation::vote(lanes, yes); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 // Lanes outside the segment of `width` keep their own value.
 template <typename T>
 T __shfl_down_sync(unsigned lanes, T value, int delta, int width = 32) {
