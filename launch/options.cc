@@ -9,6 +9,14 @@ void add_threads_option(CLI::App& command, std::optional<int>* threads) {
       ->check(CLI::Range(1, 1024));
 }
 
+void add_device_option(CLI::App& command, Device* device) {
+  command
+      .add_option_function<std::string>(
+          "--device", [device](const std::string& name) { *device = name == "cuda" ? Device::kCuda : Device::kCpu; },
+          "What ranks compute on: cpu, or cuda, for each a GPU of its own [cpu: it starts everywhere]")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
+}
+
 void add_memory_options(CLI::App& command, MemoryOptions* options) {
   command
       .add_option("--kv-memory", options->kv_memory_bytes,
@@ -24,11 +32,7 @@ void add_memory_options(CLI::App& command, MemoryOptions* options) {
       ->capture_default_str();
 }
 
-void add_runtime_options(CLI::App& command, RuntimeOptions* options) {
-  command
-      .add_option("--model", options->model,
-                  "Checkpoint: a Hugging Face directory with safetensors (see octet inspect)")
-      ->required();
+void add_compute_options(CLI::App& command, RuntimeOptions* options) {
   add_threads_option(command, &options->threads);
   command
       .add_option_function<std::string>(
@@ -51,6 +55,14 @@ void add_runtime_options(CLI::App& command, RuntimeOptions* options) {
           "fast "
           "on a CPU]")
       ->check(CLI::IsMember({"bf16", "fp8"}));
+}
+
+void add_runtime_options(CLI::App& command, RuntimeOptions* options) {
+  command
+      .add_option("--model", options->model,
+                  "Checkpoint: a Hugging Face directory with safetensors (see octet inspect)")
+      ->required();
+  add_compute_options(command, options);
   add_memory_options(command, &options->memory);
 }
 

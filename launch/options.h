@@ -23,8 +23,11 @@ struct RuntimeOptions {
 };
 
 void add_threads_option(CLI::App& command, std::optional<int>* threads);
+void add_device_option(CLI::App& command, Device* device);
 void add_memory_options(CLI::App& command, MemoryOptions* options);
-// With the two above.
+// --threads, --isa and --activations.
+void add_compute_options(CLI::App& command, RuntimeOptions* options);
+// --model, and both groups above.
 void add_runtime_options(CLI::App& command, RuntimeOptions* options);
 
 }  // namespace octet

@@ -16,8 +16,8 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "coordinator/rpc_worker_group.h"
-#include "kernels/cuda/open_module.h"
 #include "launch/bootstrap.h"
+#include "launch/device.h"
 #include "launch/flight_directory.h"
 #include "launch/machine.h"
 #include "launch/progress.h"
@@ -137,12 +137,10 @@ class Rank {
   }
 
   absl::Status open_device() {
-    if (options_.device == Device::kCpu) return absl::OkStatus();
-    absl::StatusOr<const cuda::ModuleTable*> module = cuda::open_module(cuda::module_path());
-    if (!module.ok()) return module.status();
-    if (absl::Status status = cuda::check_device(**module, bootstrap_.local_rank()); !status.ok()) return status;
-    module_ = *module;
-    gpu_ = module_->device_facts(bootstrap_.local_rank());
+    const absl::StatusOr<OpenDevice> device = octet::open_device(options_.device, bootstrap_.local_rank());
+    if (!device.ok()) return device.status();
+    module_ = device->module;
+    gpu_ = device->gpu;
     return absl::OkStatus();
   }
 
@@ -385,25 +383,7 @@ class Rank {
 
 void add_rank_options(CLI::App& command, RankOptions* options) {
   add_runtime_options(command, &options->runtime);
-  command
-      .add_option_function<std::string>(
-          "--device",
-          [options](const std::string& name) { options->device = name == "cuda" ? Device::kCuda : Device::kCpu; },
-          "What ranks compute on: cpu, or cuda, for each a GPU of its own [cpu: it starts everywhere]")
-      ->check(CLI::IsMember({"cpu", "cuda"}));
-  const auto set = [options](Arithmetic arithmetic) {
-    return [options, arithmetic](int64_t) { options->arithmetic = arithmetic; };
-  };
-  const bool fast = options->arithmetic == Arithmetic::kFast;
-  CLI::Option* const reproducible = command.add_flag_function(
-      "--reproducible", set(Arithmetic::kReproducible),
-      absl::StrCat("On GPUs: the same bits whatever runs beside and on any number of ranks, as on CPUs always, at the ",
-                   "price of speed", fast ? "" : " [so it is]"));
-  command
-      .add_flag_function("--fast", set(Arithmetic::kFast),
-                         absl::StrCat("On GPUs: the fastest kernels and libraries; bits may depend on what runs beside",
-                                      fast ? " [so it is]" : ""))
-      ->excludes(reproducible);
+  add_device_options(command, &options->device, &options->arithmetic);
   command
       .add_option_function<std::string>(
           "--log-format",

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/cuda/calibrate.h"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/queue.h"
 
@@ -76,6 +77,15 @@ void release_recorded(Queue* queue, RecordedWork* work) {
   delete work;
 }
 
+void mark(Queue* queue) {
+  queue->begin_op();
+  queue->marks().set(queue->stream());
+}
+
+void take_marks(Queue* queue, double* seconds) {
+  for (const double interval : queue->marks().take()) *seconds++ = interval;
+}
+
 constexpr Backend kBackend = {.copy = copy,
                               .queue_copy = queue_copy,
                               .pack_rows = pack_rows,
@@ -110,6 +120,9 @@ constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .end_recording = end_recording,
                                 .launch_recorded = launch_recorded,
                                 .release_recorded = release_recorded,
+                                .mark = mark,
+                                .take_marks = take_marks,
+                                .read_seconds = read_seconds,
                                 .backend = &kBackend};
 
 }  // namespace

@@ -1,0 +1,35 @@
+#include "launch/device.h"
+
+#include "absl/strings/str_cat.h"
+#include "kernels/calibrate.h"
+#include "kernels/cuda/open_module.h"
+#include "launch/gpu_spec.h"
+
+namespace octet {
+
+absl::StatusOr<OpenDevice> open_device(Device device, int index) {
+  if (device == Device::kCpu) return OpenDevice();
+  const absl::StatusOr<const cuda::ModuleTable*> module = cuda::open_module(cuda::module_path());
+  if (!module.ok()) return module.status();
+  if (absl::Status status = cuda::check_device(**module, index); !status.ok()) return status;
+  return OpenDevice{.module = *module, .index = index, .gpu = (*module)->device_facts(index)};
+}
+
+std::unique_ptr<Stream> open_stream(const OpenDevice& device, const Stream::CpuOptions& host) {
+  if (device.module == nullptr) return std::make_unique<Stream>(host);
+  return std::make_unique<Stream>(*device.module, device.index, host);
+}
+
+PeakFlops peak_flops(const OpenDevice& device, Stream& stream) {
+  if (!device.gpu) {
+    const double measured = dot_flops_per_second(stream);
+    return {.bf16 = measured, .fp8 = measured, .source = "measured"};
+  }
+  const GpuSpec* const spec = datasheet_of(device.gpu->name);
+  if (spec == nullptr) return {.source = "unknown: no datasheet of this GPU"};
+  return {.bf16 = spec->bf16_flops,
+          .fp8 = spec->fp8_flops > 0 ? spec->fp8_flops : spec->bf16_flops,
+          .source = absl::StrCat("the datasheet of ", spec->name)};
+}
+
+}  // namespace octet

@@ -1,0 +1,35 @@
+// What ranks compute on, opened: the CPU, or a GPU through the CUDA module. And its peak, which speeds are stated
+// against.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "kernels/cuda/module.h"
+#include "kernels/memory.h"
+
+namespace octet {
+
+struct OpenDevice {
+  const cuda::ModuleTable* module = nullptr;  // null: the CPU
+  int index = 0;
+  std::optional<cuda::DeviceFacts> gpu;
+};
+
+// GPU `index` of those that this process sees, or the CPU. Errors name the remedy.
+absl::StatusOr<OpenDevice> open_device(Device device, int index);
+
+// A stream there. `host`: what does a step's work on the host.
+std::unique_ptr<Stream> open_stream(const OpenDevice& device, const Stream::CpuOptions& host);
+
+// Dense, with the inputs of matrices in BF16 and in FP8; 0: nobody knows.
+struct PeakFlops {
+  double bf16 = 0, fp8 = 0;
+  std::string source;  // "measured", "the datasheet of H100-80GB"
+};
+// Measured on a CPU, in about 10 ms; by the datasheet of a GPU that has one in gpu_spec.h.
+PeakFlops peak_flops(const OpenDevice& device, Stream& stream);
+
+}  // namespace octet
