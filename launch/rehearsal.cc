@@ -48,11 +48,15 @@ std::vector<SliceRun> runs_of(const ShardSpec& shard) {
   return runs;
 }
 
-absl::Status check(const RehearsalOptions& options) {
-  if (options.rank < 0 || options.rank >= options.ranks) {
-    return absl::InvalidArgumentError(absl::StrFormat("--rank %d of --ranks %d: the ranks are 0 to %d", options.rank,
-                                                      options.ranks, options.ranks - 1));
+absl::StatusOr<ShardSpec> shard_of(const RehearsalOptions& options) {
+  if (options.rank >= 0 && options.rank < options.ranks) {
+    return ShardSpec::make(options.formats.config, options.rank, options.ranks);
   }
+  return absl::InvalidArgumentError(absl::StrFormat("--rank %d of --ranks %d: the ranks are 0 to %d", options.rank,
+                                                    options.ranks, options.ranks - 1));
+}
+
+absl::Status check_steps(const RehearsalOptions& options) {
   if (options.batches.empty() && options.prefills.empty()) {
     return absl::InvalidArgumentError("nothing to rehearse: give --batch, --prefill or both");
   }
@@ -116,10 +120,10 @@ double StepMeasurement::seconds_to_compute(const PartWork& part) const {
 }
 
 absl::StatusOr<RankBytes> Rehearsal::plan(const RehearsalOptions& options) {
-  if (absl::Status status = check(options); !status.ok()) return status;
   const ModelConfig& config = options.formats.config;
-  const absl::StatusOr<ShardSpec> shard = ShardSpec::make(config, options.rank, options.ranks);
+  const absl::StatusOr<ShardSpec> shard = shard_of(options);
   if (!shard.ok()) return shard.status();
+  if (absl::Status status = check_steps(options); !status.ok()) return status;
   const WorkerLimits limits = limits_of(options);
   const MemoryOptions memory{.max_sequences = limits.slots,
                              .max_step_tokens = limits.max_step_tokens,
@@ -136,7 +140,7 @@ struct Rehearsal::Impl {
   Impl(const OpenDevice& device, const RehearsalOptions& options, const ShardProgress& progress)
       : device(device),
         options(options),
-        shard(*ShardSpec::make(options.formats.config, options.rank, options.ranks)),
+        shard(*shard_of(options)),
         limits(limits_of(options)),
         stream(open_stream(device, options.host)),
         weights(ModelWeights::random(*stream, options.formats, shard, options.activations, progress)),

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "launch/capacity.h"
 #include "launch/svg.h"
 
 namespace octet {
@@ -45,7 +46,7 @@ std::string head_text(const RehearsalReport& report) {
       report.device, human_bytes(filled), static_cast<double>(filled) / 1e9 / std::max(report.fill_seconds, 1e-9),
       human_bytes(bytes.kv_cache), human_bytes(bytes.scratch), human_bytes(report.usable_bytes));
   if (report.layers < report.layers_of_model) {
-    absl::StrAppend(&text, "Every figure is of ", report.layers, " layers, embedding and logits; none is scaled up.\n");
+    absl::StrAppend(&text, "Every figure is of these layers, the embedding and the logits; none is scaled up.\n");
   }
   return text;
 }
@@ -69,18 +70,14 @@ std::string steps_text(const RehearsalReport& report) {
 
 std::string notes_text(const RehearsalReport& report) {
   const StepMeasurement& step = report.steps.front();
-  std::string text = absl::StrFormat(
-      "reads: weights and KV cache, once; of read: of %.2f GB/s, measured on the weights in turns with "
-      "the steps;\nof peak: ",
-      step.read_bytes_per_second / 1e9);
+  std::string peak = step.peak.source;
   if (step.peak.bf16 > 0) {
-    absl::StrAppendFormat(&text, "of %.4g TFLOP/s in BF16, %.4g in FP8 (%s)\n", step.peak.bf16 / 1e12,
-                          step.peak.fp8 / 1e12, step.peak.source);
-  } else {
-    absl::StrAppend(&text, step.peak.source, "\n");
+    peak = absl::StrCat("of ", human_rate(step.peak.bf16, "FLOP/s"), " in BF16, ", human_rate(step.peak.fp8, "FLOP/s"),
+                        " in FP8 (", step.peak.source, ")");
   }
-  return absl::StrCat(text, kFormula, "\nan all-reduce of ", report.ranks, " ranks takes ",
-                      time_text(report.all_reduce_seconds(step)),
+  return absl::StrCat("reads: weights and KV cache, once; of read: of ", human_rate(step.read_bytes_per_second, "B/s"),
+                      ", measured on the weights in turns with the steps;\nof peak: ", peak, "\n", kFormula,
+                      "\nan all-reduce of ", report.ranks, " ranks takes ", time_text(report.all_reduce_seconds(step)),
                       " in the first of these steps: ", report.all_reduce_source, "\n");
 }
 
