@@ -33,6 +33,7 @@ using Clock = std::chrono::steady_clock;
 struct BenchOptions {
   RuntimeOptions runtime;
   Device device = Device::kCpu;
+  Arithmetic arithmetic = Arithmetic::kFast;  // of a GPU
   std::vector<int> ranks = {1, 2};
   int rounds = 15;
   int prefill_tokens = 512;
@@ -139,7 +140,8 @@ absl::StatusOr<Row> measure(const Checkpoint& checkpoint, const OpenDevice& devi
   row.load_bytes_per_second = weight_bytes / (*group)->load_seconds();
 
   const std::unique_ptr<Stream> calibration =
-      open_stream(device, {.threads = ranks * row.threads, .isa = options.runtime.isa, .spin = false});
+      open_stream(device, options.runtime.memory.arithmetic,
+                  {.threads = ranks * row.threads, .isa = options.runtime.isa, .spin = false});
   auto read_bandwidth = [&] {
     double seconds = 0;
     for (int rank = 0; rank < ranks; ++rank) {
@@ -292,6 +294,7 @@ absl::Status run(const BenchOptions& options) {
   if (!checkpoint.ok()) return checkpoint.status();
   BenchOptions sized = options;
   MemoryOptions& memory = sized.runtime.memory;
+  memory.arithmetic = arithmetic_on(*device, options.arithmetic);
   memory.max_step_tokens = std::max(memory.max_step_tokens, options.prefill_tokens);
   const int64_t context = options.prefill_tokens + options.decode_steps + 1;
   if (!memory.max_context) memory.max_context = std::min(context, checkpoint->config().max_position_embeddings);
@@ -334,7 +337,7 @@ void add_bench_command(CLI::App& app, int* exit_code) {
       "GPU. Calibration and measurement take turns; the figures are medians over the rounds. The peak of a GPU is its\n"
       "datasheet's.");
   add_runtime_options(*command, &options->runtime);
-  add_device_option(*command, &options->device);
+  add_device_options(*command, &options->device, &options->arithmetic);
   command->add_option("--ranks", options->ranks, "Numbers of ranks to measure, 1,2 [1,2]")
       ->delimiter(',')
       ->check(CLI::Range(1, 64));

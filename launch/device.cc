@@ -15,9 +15,13 @@ absl::StatusOr<OpenDevice> open_device(Device device, int index) {
   return OpenDevice{.module = *module, .index = index, .gpu = (*module)->device_facts(index)};
 }
 
-std::unique_ptr<Stream> open_stream(const OpenDevice& device, const Stream::CpuOptions& host) {
+Arithmetic arithmetic_on(const OpenDevice& device, Arithmetic asked) {
+  return device.gpu ? asked : Arithmetic::kReproducible;
+}
+
+std::unique_ptr<Stream> open_stream(const OpenDevice& device, Arithmetic arithmetic, const Stream::CpuOptions& host) {
   if (device.module == nullptr) return std::make_unique<Stream>(host);
-  return std::make_unique<Stream>(*device.module, device.index, host);
+  return std::make_unique<Stream>(*device.module, device.index, arithmetic, host);
 }
 
 PeakFlops peak_flops(const OpenDevice& device, Stream& stream) {

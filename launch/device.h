@@ -21,8 +21,12 @@ struct OpenDevice {
 // GPU `index` of those that this process sees, or the CPU. Errors name the remedy.
 absl::StatusOr<OpenDevice> open_device(Device device, int index);
 
-// A stream there. `host`: what does a step's work on the host.
-std::unique_ptr<Stream> open_stream(const OpenDevice& device, const Stream::CpuOptions& host);
+// How sums are made there where `asked` is wished for: on a CPU they are always reproducible.
+Arithmetic arithmetic_on(const OpenDevice& device, Arithmetic asked);
+
+// A stream there. `host`: what does a step's work on the host. REQUIRES: arithmetic_on() has nothing against
+// `arithmetic`.
+std::unique_ptr<Stream> open_stream(const OpenDevice& device, Arithmetic arithmetic, const Stream::CpuOptions& host);
 
 // Dense, with the inputs of matrices in BF16 and in FP8; 0: nobody knows.
 struct PeakFlops {

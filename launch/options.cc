@@ -2,6 +2,8 @@
 
 #include <map>
 
+#include "absl/strings/str_cat.h"
+
 namespace octet {
 
 void add_threads_option(CLI::App& command, std::optional<int>* threads) {
@@ -9,12 +11,23 @@ void add_threads_option(CLI::App& command, std::optional<int>* threads) {
       ->check(CLI::Range(1, 1024));
 }
 
-void add_device_option(CLI::App& command, Device* device) {
+void add_device_options(CLI::App& command, Device* device, Arithmetic* arithmetic) {
   command
       .add_option_function<std::string>(
           "--device", [device](const std::string& name) { *device = name == "cuda" ? Device::kCuda : Device::kCpu; },
           "What ranks compute on: cpu, or cuda, for each a GPU of its own [cpu: it starts everywhere]")
       ->check(CLI::IsMember({"cpu", "cuda"}));
+  const auto set = [arithmetic](Arithmetic value) { return [arithmetic, value](int64_t) { *arithmetic = value; }; };
+  const bool fast = *arithmetic == Arithmetic::kFast;
+  CLI::Option* const reproducible = command.add_flag_function(
+      "--reproducible", set(Arithmetic::kReproducible),
+      absl::StrCat("On GPUs: the same bits whatever runs beside and on any number of ranks, as on CPUs always, at the ",
+                   "price of speed", fast ? "" : " [so it is]"));
+  command
+      .add_flag_function("--fast", set(Arithmetic::kFast),
+                         absl::StrCat("On GPUs: the fastest kernels and libraries; bits may depend on what runs beside",
+                                      fast ? " [so it is]" : ""))
+      ->excludes(reproducible);
 }
 
 void add_memory_options(CLI::App& command, MemoryOptions* options) {

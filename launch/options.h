@@ -23,7 +23,8 @@ struct RuntimeOptions {
 };
 
 void add_threads_option(CLI::App& command, std::optional<int>* threads);
-void add_device_option(CLI::App& command, Device* device);
+// --device, --reproducible and --fast; *arithmetic is the default.
+void add_device_options(CLI::App& command, Device* device, Arithmetic* arithmetic);
 void add_memory_options(CLI::App& command, MemoryOptions* options);
 // --threads, --isa and --activations.
 void add_compute_options(CLI::App& command, RuntimeOptions* options);

@@ -42,9 +42,10 @@ WorkerLimits limits_of(const RehearsalOptions& options) {
           .vocab_size = static_cast<int32_t>(options.formats.config.vocab_size)};
 }
 
-std::vector<SliceRun> runs_of(const ShardSpec& shard) {
+// What each rank brings to a sum.
+std::vector<SliceRun> leaves_of(const ShardSpec& shard, Arithmetic arithmetic) {
   std::vector<SliceRun> runs;
-  for (int rank = 0; rank < shard.ranks(); ++rank) runs.push_back(shard.run_of(rank));
+  for (int rank = 0; rank < shard.ranks(); ++rank) runs.push_back(shard.leaves_of(rank, arithmetic));
   return runs;
 }
 
@@ -125,10 +126,12 @@ absl::StatusOr<RankBytes> Rehearsal::plan(const RehearsalOptions& options) {
   if (!shard.ok()) return shard.status();
   if (absl::Status status = check_steps(options); !status.ok()) return status;
   const WorkerLimits limits = limits_of(options);
+  const int64_t window = RehearsalCommunicator::bytes(leaves_of(*shard, options.arithmetic), options.rank,
+                                                      limits.max_step_tokens * config.hidden_size);
   const MemoryOptions memory{.max_sequences = limits.slots,
                              .max_step_tokens = limits.max_step_tokens,
-                             .window_bytes = RehearsalCommunicator::bytes(runs_of(*shard), options.rank,
-                                                                          limits.max_step_tokens * config.hidden_size)};
+                             .window_bytes = window,
+                             .arithmetic = options.arithmetic};
   absl::StatusOr<RankBytes> bytes =
       bytes_without_cache(options.formats, memory, options.rank, options.ranks, options.host.threads);
   if (bytes.ok()) bytes->kv_cache = limits.blocks * KvCache::block_bytes(config, *shard);
@@ -142,11 +145,11 @@ struct Rehearsal::Impl {
         options(options),
         shard(*shard_of(options)),
         limits(limits_of(options)),
-        stream(open_stream(device, options.host)),
+        stream(open_stream(device, options.arithmetic, options.host)),
         weights(ModelWeights::random(*stream, options.formats, shard, options.activations, progress)),
         values(kSeed, kRandomElements),
-        communicator(*stream, runs_of(shard), options.rank, limits.max_step_tokens * options.formats.config.hidden_size,
-                     values),
+        communicator(*stream, leaves_of(shard, options.arithmetic), options.rank,
+                     limits.max_step_tokens * options.formats.config.hidden_size, values),
         worker(*stream, communicator, this->options.formats.config, shard, weights, random_cache(), limits),
         part_times(*stream) {}
 
@@ -212,9 +215,14 @@ struct Rehearsal::Impl {
     return plan;
   }
 
-  // Times plans that `next` makes: rounds of calibration and step, then the parts.
+  // Measures steps that `next` makes the plans of.
   absl::StatusOr<StepMeasurement> measure(const StepLoad& load, const std::function<StepPlan()>& next,
                                           const std::function<void()>& step_done);
+  // In turns with the calibrations.
+  absl::Status time_rounds(const std::function<StepPlan()>& next, const std::function<void()>& step_done,
+                           StepMeasurement* result);
+  absl::Status time_parts(const std::function<StepPlan()>& next, const std::function<void()>& step_done,
+                          StepMeasurement* result);
   absl::StatusOr<StepMeasurement> measure_decode(int32_t sequences, const std::function<void()>& step_done);
   absl::StatusOr<StepMeasurement> measure_prefill(int32_t tokens, const std::function<void()>& step_done);
 
@@ -235,30 +243,42 @@ struct Rehearsal::Impl {
 absl::StatusOr<StepMeasurement> Rehearsal::Impl::measure(const StepLoad& load, const std::function<StepPlan()>& next,
                                                          const std::function<void()>& step_done) {
   StepMeasurement result{.load = load, .work = count_work(options.formats.config, shard, weights, load)};
-  const PartWork work = result.work.total();
+  absl::Status status = time_rounds(next, step_done, &result);
+  if (status.ok()) status = time_parts(next, step_done, &result);
+  if (!status.ok()) return status;
+  return result;
+}
+
+absl::Status Rehearsal::Impl::time_rounds(const std::function<StepPlan()>& next, const std::function<void()>& step_done,
+                                          StepMeasurement* result) {
+  const PartWork work = result->work.total();
   const int64_t bytes = std::min(std::ssize(weights.memory()), kCalibratedBytes);
   const Tensor calibrated(const_cast<std::byte*>(weights.memory().data()), DType::kU8, {bytes}, stream->device());
-  std::vector<double> seconds, reads, of_read, of_peak, peaks;
+  std::vector<double> seconds, reads, peaks, of_read, of_peak;
   for (int round = 0; round < options.rounds; ++round) {
-    result.read_bytes_per_second = read_bytes_per_second(*stream, calibrated);
-    result.peak = peak_flops(device, *stream);
+    result->read_bytes_per_second = read_bytes_per_second(*stream, calibrated);
+    result->peak = peak_flops(device, *stream);
     const absl::StatusOr<double> step = timed(next());
     if (!step.ok()) return step.status();
     step_done();
     seconds.push_back(*step);
-    reads.push_back(result.read_bytes_per_second);
-    peaks.push_back(result.peak.bf16);
-    of_read.push_back(result.seconds_to_read(work) / *step);
-    of_peak.push_back(result.seconds_to_compute(work) / *step);
+    reads.push_back(result->read_bytes_per_second);
+    peaks.push_back(result->peak.bf16);
+    of_read.push_back(result->seconds_to_read(work) / *step);
+    of_peak.push_back(result->seconds_to_compute(work) / *step);
   }
-  result.seconds = median(seconds);
-  result.least_seconds = std::ranges::min(seconds);
-  result.most_seconds = std::ranges::max(seconds);
-  result.read_bytes_per_second = median(reads);
-  result.of_read = median(of_read);
-  result.of_peak = median(of_peak);
-  if (!device.gpu) result.peak.bf16 = result.peak.fp8 = median(peaks);
+  result->seconds = median(seconds);
+  result->least_seconds = std::ranges::min(seconds);
+  result->most_seconds = std::ranges::max(seconds);
+  result->read_bytes_per_second = median(reads);
+  if (!device.gpu) result->peak.bf16 = result->peak.fp8 = median(peaks);
+  result->of_read = median(of_read);
+  result->of_peak = median(of_peak);
+  return absl::OkStatus();
+}
 
+absl::Status Rehearsal::Impl::time_parts(const std::function<StepPlan()>& next, const std::function<void()>& step_done,
+                                         StepMeasurement* result) {
   std::vector<PartTimes::Seconds> probed;
   worker.set_probe(&part_times);
   for (int i = 0; i < kProbed; ++i) {
@@ -269,9 +289,9 @@ absl::StatusOr<StepMeasurement> Rehearsal::Impl::measure(const StepLoad& load, c
   }
   worker.set_probe(nullptr);
   std::ranges::sort(probed, {}, sum);
-  result.part_seconds = probed[kProbed / 2];
-  result.probed_seconds = sum(result.part_seconds);
-  return result;
+  result->part_seconds = probed[kProbed / 2];
+  result->probed_seconds = sum(result->part_seconds);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<StepMeasurement> Rehearsal::Impl::measure_decode(int32_t sequences,

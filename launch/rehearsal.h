@@ -19,6 +19,7 @@ namespace octet {
 struct RehearsalOptions {
   WeightFormats formats;  // of as many layers as are rehearsed
   ActivationScheme activations;
+  Arithmetic arithmetic = Arithmetic::kReproducible;
   int rank = 0, ranks = 1;
   Stream::CpuOptions host;
   std::vector<int32_t> batches;   // decode steps of so many sequences

@@ -12,9 +12,9 @@ namespace {
 
 using nlohmann::ordered_json;
 
+// The local part of a sum is counted in both.
 const char* const kFormula =
-    "predicted: step on all ranks = step of this rank + 2 x layers x all-reduce; nothing overlaps, the way between\n"
-    "ranks and its kernels' start included, the local part of the sum counted twice";
+    "predicted: step on all ranks = step of this rank + 2 x layers x all-reduce, with nothing overlapped";
 
 std::string name_of(const StepMeasurement& step) {
   return step.prefill ? absl::StrCat("prefill ", step.load.new_tokens) : absl::StrCat("decode ", step.load.sequences);
@@ -75,10 +75,14 @@ std::string notes_text(const RehearsalReport& report) {
     peak = absl::StrCat("of ", human_rate(step.peak.bf16, "FLOP/s"), " in BF16, ", human_rate(step.peak.fp8, "FLOP/s"),
                         " in FP8 (", step.peak.source, ")");
   }
-  return absl::StrCat("reads: weights and KV cache, once; of read: of ", human_rate(step.read_bytes_per_second, "B/s"),
-                      ", measured on the weights in turns with the steps;\nof peak: ", peak, "\n", kFormula,
-                      "\nan all-reduce of ", report.ranks, " ranks takes ", time_text(report.all_reduce_seconds(step)),
-                      " in the first of these steps: ", report.all_reduce_source, "\n");
+  std::string text =
+      absl::StrCat("reads: weights and KV cache, once; of read: of ", human_rate(step.read_bytes_per_second, "B/s"),
+                   ", measured on the weights in turns with the steps;\nof peak: ", peak, "\n");
+  if (report.ranks == 1) return text;
+  absl::StrAppend(&text, kFormula, "\nan all-reduce of ", report.ranks, " ranks takes ",
+                  time_text(report.all_reduce_seconds(step)),
+                  " in the first of these steps: ", report.all_reduce_source, "\n");
+  return text;
 }
 
 std::string parts_text(const RehearsalReport& report) {

@@ -35,6 +35,7 @@ struct RehearseOptions {
   std::string model;
   std::string recipe = "bf16";
   Device device = Device::kCpu;
+  Arithmetic arithmetic = Arithmetic::kFast;  // of a GPU
   int rank = 0, ranks = 8;
   std::optional<int64_t> layers;
   std::vector<int32_t> batches = {1, 16, 64, 256};
@@ -59,7 +60,8 @@ absl::StatusOr<ModelConfig> config_of(const std::string& model) {
   return absl::Status(config.status().code(), absl::StrCat(path.string(), ": ", config.status().message()));
 }
 
-absl::StatusOr<RehearsalOptions> rehearsal_of(const RehearseOptions& options, const ModelConfig& config) {
+absl::StatusOr<RehearsalOptions> rehearsal_of(const RehearseOptions& options, const OpenDevice& device,
+                                              const ModelConfig& config) {
   const Fp8Recipe recipe = *plan_recipe_named(options.recipe);
   const int cores = cores_within_quota(static_cast<int>(allowed_cpus().size()));
   const int threads = options.runtime.threads.value_or(cores);
@@ -67,6 +69,7 @@ absl::StatusOr<RehearsalOptions> rehearsal_of(const RehearseOptions& options, co
                              .activations = options.runtime.activations == ActivationMode::kFP8
                                                 ? activation_scheme(recipe)
                                                 : ActivationScheme(),
+                             .arithmetic = arithmetic_on(device, options.arithmetic),
                              .rank = options.rank,
                              .ranks = options.ranks,
                              .host = {.threads = threads, .isa = options.runtime.isa, .spin = threads <= cores},
@@ -81,6 +84,13 @@ absl::StatusOr<RehearsalOptions> rehearsal_of(const RehearseOptions& options, co
   // The model's first ones, as they are in it.
   rehearsal.formats.config.num_hidden_layers = layers;
   return rehearsal;
+}
+
+std::string describe(const OpenDevice& device, const RehearsalOptions& rehearsal) {
+  if (!device.gpu) {
+    return absl::StrFormat("CPU, %s, %d threads", name_of(rehearsal.host.isa), rehearsal.host.threads);
+  }
+  return absl::StrCat(device.gpu->name, rehearsal.arithmetic == Arithmetic::kFast ? ", fast" : ", reproducible");
 }
 
 absl::StatusOr<int64_t> usable_bytes(const OpenDevice& device) {
@@ -140,7 +150,7 @@ absl::Status run(const RehearseOptions& options) {
   if (!device.ok()) return device.status();
   const absl::StatusOr<ModelConfig> config = config_of(options.model);
   if (!config.ok()) return config.status();
-  const absl::StatusOr<RehearsalOptions> rehearsal = rehearsal_of(options, *config);
+  const absl::StatusOr<RehearsalOptions> rehearsal = rehearsal_of(options, *device, *config);
   if (!rehearsal.ok()) return rehearsal.status();
   const absl::StatusOr<int64_t> usable = usable_bytes(*device);
   if (!usable.ok()) return usable.status();
@@ -148,9 +158,7 @@ absl::Status run(const RehearseOptions& options) {
   RehearsalReport report{.model = options.model,
                          .recipe = options.recipe,
                          .activations = options.runtime.activations == ActivationMode::kFP8 ? "fp8" : "bf16",
-                         .device = device->gpu ? device->gpu->name
-                                               : absl::StrFormat("CPU, %s, %d threads", name_of(options.runtime.isa),
-                                                                 rehearsal->host.threads),
+                         .device = describe(*device, *rehearsal),
                          .rank = options.rank,
                          .ranks = options.ranks,
                          .layers = rehearsal->formats.config.num_hidden_layers,
@@ -207,7 +215,7 @@ void add_rehearse_command(CLI::App& app, int* exit_code) {
       ->capture_default_str();
   command->add_option("--rank", options->rank, "The one that is rehearsed")->capture_default_str();
   command->add_option("--layers", options->layers, "Only the model's first layers [all]")->check(CLI::PositiveNumber);
-  add_device_option(*command, &options->device);
+  add_device_options(*command, &options->device, &options->arithmetic);
   add_compute_options(*command, &options->runtime);
   command->add_option("--batch", options->batches, "Decode steps of so many sequences, 1,16,64,256; none: 0")
       ->delimiter(',')

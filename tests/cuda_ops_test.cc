@@ -532,7 +532,7 @@ TEST(CudaOpsDeathTest, RefuseATensorOfTheOtherMemory) {
 }
 
 TEST(CudaCalibration, ReadsMemoryOfAnySize) {
-  Stream stream(module(), 0, kHost);
+  Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
   for (const int64_t bytes : {16, 8192, 3 * 65536 + 48}) {
     const Buffer buffer(bytes, stream);
     EXPECT_GT(read_bytes_per_second(stream, buffer.tensor(DType::kU8, {bytes})), 0.0) << bytes;
@@ -540,7 +540,7 @@ TEST(CudaCalibration, ReadsMemoryOfAnySize) {
 }
 
 TEST(CudaStopwatch, TellsTheTimeBetweenMarks) {
-  Stream stream(module(), 0, kHost);
+  Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
   Stopwatch stopwatch(stream);
   EXPECT_TRUE(stopwatch.take().empty());
   for (int round = 0; round < 2; ++round) {

@@ -100,17 +100,20 @@ TEST(Rehearsal, CountsTheWorkOfAStep) {
 TEST(Rehearsal, RunsOnTheCudaModule) {
   const auto module = cuda::open_module(OCTET_EMULATED_CUDA);
   ASSERT_TRUE(module.ok()) << module.status();
-  RehearsalOptions options = tiny_rehearsal("all-linear", 1, 8);
+  RehearsalOptions options = tiny_rehearsal("all-linear", 1, 3);
   options.formats.config.num_hidden_layers = 1;
   options.batches = {2};
   options.context = 6;
   options.prefills = {};
   options.rounds = 1;
-  Rehearsal rehearsal({.module = *module, .gpu = (*module)->device_facts(0)}, options, {});
-  const auto steps = rehearsal.run([](int64_t, int64_t) {});
-  ASSERT_TRUE(steps.ok()) << steps.status();
-  expect_whole(steps->front());
-  EXPECT_EQ(steps->front().of_peak, 0) << "nobody knows the peak of this device";
+  for (const Arithmetic arithmetic : {Arithmetic::kReproducible, Arithmetic::kFast}) {
+    options.arithmetic = arithmetic;
+    Rehearsal rehearsal({.module = *module, .gpu = (*module)->device_facts(0)}, options, {});
+    const auto steps = rehearsal.run([](int64_t, int64_t) {});
+    ASSERT_TRUE(steps.ok()) << steps.status();
+    expect_whole(steps->front());
+    EXPECT_EQ(steps->front().of_peak, 0) << "nobody knows the peak of this device";
+  }
 }
 #endif
 

@@ -19,8 +19,8 @@ class RehearsalCommunicator final : public Communicator {
   // ones a rank finishes its share, and reads the others' results: what all-reduces within a node do.
   static constexpr int64_t kOneShotElements = 256 << 10;
 
-  // The memory that stands for the other ranks', where the rank computes. runs: the slices of each rank, in their
-  // order; max_elements: of a residual.
+  // The memory that stands for the other ranks', where the rank computes. runs: the leaves of each rank, in their order
+  // (ShardSpec::leaves_of()); max_elements: of a residual.
   static int64_t bytes(std::span<const SliceRun> runs, int rank, int64_t max_elements);
   // `stream` and `values`, which fill that memory and serve gatherings, outlive this.
   RehearsalCommunicator(Stream& stream, std::vector<SliceRun> runs, int rank, int64_t max_elements,

@@ -175,7 +175,7 @@ class RandomShard final : public ValueSource {
   RandomShard(const ModelConfig& config, const ActivationScheme& activations)
       : hidden_(config.hidden_size),
         activations_(activations),
-        values_(kSeed, std::max(kPieceElements, kPanelRows * std::max(config.hidden_size, config.intermediate_size))) {}
+        values_(kSeed, std::max(kPieceElements, kPanelRows * widest_input(config))) {}
 
   absl::StatusOr<ActivationScheme> activations(const PlacedLinear& linear) override {
     return linear.dtype == DType::kF8E4M3 ? activations_ : ActivationScheme{};
@@ -198,6 +198,10 @@ class RandomShard final : public ValueSource {
   absl::StatusOr<std::vector<float>> norm(const PlacedNorm&) override { return values_.near_one(hidden_, 0.25f); }
 
  private:
+  static int64_t widest_input(const ModelConfig& config) {
+    return std::max({config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim});
+  }
+
   static constexpr uint64_t kSeed = 405;
   static constexpr int64_t kPieceElements = 2 << 20;
   const int64_t hidden_;
