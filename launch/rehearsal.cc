@@ -128,8 +128,10 @@ absl::StatusOr<RankBytes> Rehearsal::plan(const RehearsalOptions& options) {
   const WorkerLimits limits = limits_of(options);
   const int64_t window = RehearsalCommunicator::bytes(leaves_of(*shard, options.arithmetic), options.rank,
                                                       limits.max_step_tokens * config.hidden_size);
-  const MemoryOptions memory{.max_sequences = limits.slots,
+  const MemoryOptions memory{.max_context = limits.max_context,
+                             .max_sequences = limits.slots,
                              .max_step_tokens = limits.max_step_tokens,
+                             .device = options.device,
                              .window_bytes = window,
                              .arithmetic = options.arithmetic};
   absl::StatusOr<RankBytes> bytes =
@@ -322,6 +324,10 @@ Rehearsal::~Rehearsal() = default;
 
 absl::StatusOr<std::vector<StepMeasurement>> Rehearsal::run(const std::function<void(int64_t, int64_t)>& progress) {
   const RehearsalOptions& options = impl_->options;
+  if (options.device == Device::kCuda) {
+    const absl::Status recorded = impl_->worker.record_steps([](int64_t, int64_t) {});
+    if (!recorded.ok()) return recorded;
+  }
   const int64_t total = std::ssize(options.batches) + std::ssize(options.prefills);
   int64_t done = 0;
   const auto step_done = [&] { progress(++done, total * (options.rounds + kProbed)); };

@@ -19,6 +19,7 @@ namespace octet {
 struct RehearsalOptions {
   WeightFormats formats;  // of as many layers as are rehearsed
   ActivationScheme activations;
+  Device device = Device::kCpu;
   Arithmetic arithmetic = Arithmetic::kReproducible;
   int rank = 0, ranks = 1;
   Stream::CpuOptions host;
@@ -56,7 +57,8 @@ class Rehearsal {
   Rehearsal(const OpenDevice& device, const RehearsalOptions& options, const ShardProgress& progress);
   ~Rehearsal();
 
-  // Runs the steps of the options, decodes before prefills; `progress` hears of steps done and in all.
+  // Runs the steps of the options, decodes before prefills, as graphs where the device has such; `progress` hears of
+  // steps done and in all.
   absl::StatusOr<std::vector<StepMeasurement>> run(const std::function<void(int64_t, int64_t)>& progress);
 
  private:

@@ -102,7 +102,8 @@ std::string parts_text(const RehearsalReport& report) {
     absl::StrAppendFormat(&text, " %10.3f %7s", 1e3 * step.probed_seconds, "");
   }
   return text +
-         "\nof one step more, measured part by part; r: share of the read bandwidth, c: of the peak, whichever is "
+         "\nof one step more, op by op, measured part by part; r: share of the read bandwidth, c: of the peak, "
+         "whichever is "
          "nearer\n";
 }
 

@@ -69,6 +69,7 @@ absl::StatusOr<RehearsalOptions> rehearsal_of(const RehearseOptions& options, co
                              .activations = options.runtime.activations == ActivationMode::kFP8
                                                 ? activation_scheme(recipe)
                                                 : ActivationScheme(),
+                             .device = options.device,
                              .arithmetic = arithmetic_on(device, options.arithmetic),
                              .rank = options.rank,
                              .ranks = options.ranks,

@@ -31,9 +31,9 @@ StepWork count_work(const ModelConfig& config, const ShardSpec& shard, const Mod
   const int64_t tokens = load.sequences * load.new_tokens;
   StepWork work;
   for (const LayerWeights& layer : weights.layers) {
-    for (const Tensor& norm : {layer.input_layernorm, layer.post_attention_layernorm}) {
-      work[StepPart::kNorm].weight_bytes += static_cast<double>(norm.bytes());
-    }
+    const StepPart first_norm = &layer == &weights.layers.front() ? StepPart::kNorm : StepPart::kReduce;
+    work[first_norm].weight_bytes += static_cast<double>(layer.input_layernorm.bytes());
+    work[StepPart::kReduce].weight_bytes += static_cast<double>(layer.post_attention_layernorm.bytes());
     for (const Linear* linear : {&layer.q_proj, &layer.k_proj, &layer.v_proj}) {
       add(*linear, tokens, &work[StepPart::kQkv]);
     }

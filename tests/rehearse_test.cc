@@ -102,6 +102,7 @@ TEST(Rehearsal, RunsOnTheCudaModule) {
   ASSERT_TRUE(module.ok()) << module.status();
   RehearsalOptions options = tiny_rehearsal("all-linear", 1, 3);
   options.formats.config.num_hidden_layers = 1;
+  options.device = Device::kCuda;
   options.batches = {2};
   options.context = 6;
   options.prefills = {};

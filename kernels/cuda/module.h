@@ -10,7 +10,7 @@
 namespace octet::cuda {
 
 // Raised by every change to ModuleTable, to Backend, or to a type that either names.
-constexpr uint32_t kModuleAbi = 3;
+constexpr uint32_t kModuleAbi = 4;
 
 // An ordered queue of work on one device, and the memory its arguments travel through. The module's own.
 class Queue;

@@ -25,6 +25,17 @@ std::vector<SliceNode> all_pieces(std::span<const SliceRun> runs) {
   return all;
 }
 
+// Each rank's part of a gathering has the same bytes from its front on, again and again where there are fewer of them:
+// put(at, count) puts the first `count` of them at byte `at` of what all ranks have.
+template <typename Put>
+void deal_out(std::span<const int64_t> bytes_of_rank, int64_t most, const Put& put) {
+  int64_t at = 0;
+  for (const int64_t bytes : bytes_of_rank) {
+    for (int64_t done = 0; done < bytes; done += most) put(at + done, std::min(most, bytes - done));
+    at += bytes;
+  }
+}
+
 }  // namespace
 
 int64_t RehearsalCommunicator::bytes(std::span<const SliceRun> runs, int rank, int64_t max_elements) {
@@ -49,17 +60,21 @@ RehearsalCommunicator::RehearsalCommunicator(Stream& stream, std::vector<SliceRu
 
 void RehearsalCommunicator::all_gather(const void* mine, std::span<const int64_t> bytes_of_rank, void* all) {
   const int64_t own = bytes_of_rank[rank_];
-  auto* out = static_cast<char*>(all);
-  for (const int64_t bytes : bytes_of_rank) {
-    for (int64_t done = 0; done < bytes;) {
-      const int64_t most = own > 0 ? own : values_.most_elements() * size_of(DType::kBF16);
-      const int64_t count = std::min(bytes - done, most);
-      const void* from = own > 0 ? mine : values_.next(DType::kBF16, {count / size_of(DType::kBF16)}).data();
-      std::memcpy(out + done, from, static_cast<size_t>(count));
-      done += count;
-    }
-    out += bytes;
-  }
+  const int64_t most = own > 0 ? own : values_.most_elements() * size_of(DType::kBF16);
+  deal_out(bytes_of_rank, most, [&](int64_t at, int64_t count) {
+    const void* from = own > 0 ? mine : values_.next(DType::kBF16, {count / size_of(DType::kBF16)}).data();
+    std::memcpy(static_cast<char*>(all) + at, from, static_cast<size_t>(count));
+  });
+}
+
+void RehearsalCommunicator::gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank,
+                                   const Tensor& all) {
+  const int64_t own = bytes_of_rank[rank_];
+  void* const from = own > 0 ? mine.data() : peers_.data();
+  deal_out(bytes_of_rank, own > 0 ? own : peers_.bytes(), [&](int64_t at, int64_t count) {
+    copy(stream, Tensor(from, DType::kU8, {count}, stream.device()),
+         Tensor(static_cast<char*>(all.data()) + at, DType::kU8, {count}, stream.device()));
+  });
 }
 
 // Elements [begin, end) of all ranks' pieces.

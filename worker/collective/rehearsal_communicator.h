@@ -30,7 +30,9 @@ class RehearsalCommunicator final : public Communicator {
   int size() const override { return static_cast<int>(runs_.size()); }
   // The others have copies of what this rank has; numbers where it has nothing.
   void all_gather(const void* mine, std::span<const int64_t> bytes_of_rank, void* all) override;
+  void gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank, const Tensor& all) override;
   void reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) override;
+  bool on_device() const override { return true; }
   void barrier() override {}
 
  private:

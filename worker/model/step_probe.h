@@ -8,14 +8,14 @@
 namespace octet {
 
 enum class StepPart : uint8_t {
-  kPlan,       // the plan becomes a batch
+  kPlan,       // the plan becomes a batch, on its way to the device
   kEmbedding,  // with the ranks' exchange of rows, and the angles of RoPE
-  kNorm,       // both of a layer
+  kNorm,       // the first; those that follow a sum belong to it
   kQkv,
   kRope,  // and what it writes to the cache
   kAttention,
   kOutput,  // o_proj
-  kReduce,  // both of a layer
+  kReduce,  // both of a layer, with the norms after them
   kGateUp,
   kSilu,
   kDown,
