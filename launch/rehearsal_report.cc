@@ -53,13 +53,13 @@ std::string head_text(const RehearsalReport& report) {
 
 std::string steps_text(const RehearsalReport& report) {
   std::string text =
-      absl::StrFormat("%-14s %8s %10s %21s %10s %10s %9s %9s %9s | %9s %10s\n", "step", "context", "time", "from .. to",
+      absl::StrFormat("%-12s %7s %9s %21s %9s %10s %7s %7s %7s | %9s %9s\n", "step", "context", "time", "from .. to",
                       "tokens/s", "reads", "GB/s", "of read", "of peak", "predicted", "tokens/s");
   for (const StepMeasurement& step : report.steps) {
     const PartWork work = step.work.total();
     const double predicted = report.predicted_seconds(step);
     absl::StrAppendFormat(
-        &text, "%-14s %8d %10s %21s %10.1f %10s %9.2f %9s %9s | %9s %10.1f\n", name_of(step), step.load.context,
+        &text, "%-12s %7d %9s %21s %9.1f %10s %7.2f %7s %7s | %9s %9.1f\n", name_of(step), step.load.context,
         time_text(step.seconds), absl::StrCat(time_text(step.least_seconds), " .. ", time_text(step.most_seconds)),
         tokens_per_second(step, step.seconds), human_bytes(static_cast<int64_t>(work.bytes())),
         work.bytes() / step.seconds / 1e9, percent(step.of_read), step.peak.bf16 > 0 ? percent(step.of_peak) : "-",
