@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/thread_pool.h"
+#include "kernels/cuda/module.h"
 
 namespace octet {
 namespace {
@@ -21,6 +22,9 @@ double read_bytes_per_second(Stream& stream, const Tensor& buffer) {
   // Many pieces, claimed one by one, so that a thread that loses its core for a while does not hold up the others.
   constexpr int64_t kPiece = int64_t{1} << 20;
   const int64_t bytes = buffer.bytes();
+  if (stream.device() == Device::kCuda) {
+    return static_cast<double>(bytes) / stream.module().read_seconds(stream.queue(), buffer.data(), bytes);
+  }
   const char* const data = static_cast<const char*>(buffer.data());
   std::atomic<uint64_t> checksum{0};
   const auto start = Clock::now();

@@ -19,6 +19,7 @@
 #include "coordinator/thread_worker_group.h"
 #include "kernels/calibrate.h"
 #include "launch/bench_serve.h"
+#include "launch/device.h"
 #include "launch/machine.h"
 #include "launch/options.h"
 #include "worker/checkpoint/checkpoint.h"
@@ -31,6 +32,8 @@ using Clock = std::chrono::steady_clock;
 
 struct BenchOptions {
   RuntimeOptions runtime;
+  Device device = Device::kCpu;
+  Arithmetic arithmetic = Arithmetic::kFast;  // of a GPU
   std::vector<int> ranks = {1, 2};
   int rounds = 15;
   int prefill_tokens = 512;
@@ -51,6 +54,7 @@ struct Row {
   double load_bytes_per_second = 0;
   double decode_tokens_per_second = 0, read_bytes_per_second = 0, decode_share = 0;
   double prefill_tokens_per_second = 0, dot_flops_per_second = 0, prefill_share = 0;
+  std::string peak_source;
 };
 
 // One sequence on a group: prefills and decodes, timed from submit to collect.
@@ -107,14 +111,22 @@ double prefill_flops(const ModelConfig& c, int tokens) {
   return 2.0 * tokens * c.num_hidden_layers * (attention + feed_forward + scores) + 2.0 * c.hidden_size * c.vocab_size;
 }
 
-absl::StatusOr<Row> measure(const Checkpoint& checkpoint, const BenchOptions& options, int ranks, int cores) {
+// What there is to divide among the ranks.
+absl::StatusOr<int64_t> memory_of(const OpenDevice& device) {
+  if (device.gpu) return device.gpu->memory_bytes;
+  return available_memory();
+}
+
+absl::StatusOr<Row> measure(const Checkpoint& checkpoint, const OpenDevice& device, const BenchOptions& options,
+                            int ranks, int cores) {
   Row row{.ranks = ranks, .threads = options.runtime.threads.value_or(std::max(1, cores / ranks))};
   ThreadGroupOptions group_options{
       .ranks = ranks,
       .stream = {.threads = row.threads, .isa = options.runtime.isa, .spin = ranks * row.threads <= cores},
+      .cuda = device.module,
       .activations = options.runtime.activations,
       .memory = options.runtime.memory};
-  const absl::StatusOr<int64_t> memory = available_memory();
+  const absl::StatusOr<int64_t> memory = memory_of(device);
   if (!memory.ok()) return memory.status();
   group_options.available_bytes = *memory / ranks;
   absl::StatusOr<std::unique_ptr<ThreadWorkerGroup>> group = ThreadWorkerGroup::start(checkpoint, group_options);
@@ -127,13 +139,16 @@ absl::StatusOr<Row> measure(const Checkpoint& checkpoint, const BenchOptions& op
   }
   row.load_bytes_per_second = weight_bytes / (*group)->load_seconds();
 
-  Stream calibration({.threads = ranks * row.threads, .isa = options.runtime.isa, .spin = false});
+  const std::unique_ptr<Stream> calibration =
+      open_stream(device, options.runtime.memory.arithmetic,
+                  {.threads = ranks * row.threads, .isa = options.runtime.isa, .spin = false});
   auto read_bandwidth = [&] {
     double seconds = 0;
     for (int rank = 0; rank < ranks; ++rank) {
       const auto weights = (*group)->weights(rank);
-      const Tensor bytes(const_cast<std::byte*>(weights.data()), DType::kU8, {static_cast<int64_t>(weights.size())});
-      seconds += static_cast<double>(weights.size()) / read_bytes_per_second(calibration, bytes);
+      const Tensor bytes(const_cast<std::byte*>(weights.data()), DType::kU8, {static_cast<int64_t>(weights.size())},
+                         calibration->device());
+      seconds += static_cast<double>(weights.size()) / read_bytes_per_second(*calibration, bytes);
     }
     return weight_bytes / seconds;
   };
@@ -142,7 +157,10 @@ absl::StatusOr<Row> measure(const Checkpoint& checkpoint, const BenchOptions& op
   const double flops = prefill_flops(checkpoint.config(), options.prefill_tokens);
   std::vector<double> reads, peaks, decodes, prefills, decode_shares, prefill_shares;
   for (int round = -1; round < options.rounds; ++round) {  // round -1 warms up
-    const double peak = dot_flops_per_second(calibration);
+    // Of a GPU its datasheet's, of which nothing may be known.
+    const PeakFlops known = peak_flops(device, *calibration);
+    row.peak_source = known.source;
+    const double peak = options.runtime.activations == ActivationMode::kFP8 ? known.fp8 : known.bf16;
     const absl::StatusOr<double> prefill = runner.prefill(options.prefill_tokens);
     if (!prefill.ok()) return prefill.status();
     const double read = read_bandwidth();
@@ -159,7 +177,7 @@ absl::StatusOr<Row> measure(const Checkpoint& checkpoint, const BenchOptions& op
     prefills.push_back(*prefill);
     decodes.push_back(decode);
     decode_shares.push_back(streamed_bytes / decode / read);
-    prefill_shares.push_back(flops / *prefill / peak);
+    prefill_shares.push_back(peak > 0 ? flops / *prefill / peak : 0);
     if (isatty(STDERR_FILENO)) std::fprintf(stderr, "\r%d ranks: round %d of %d ", ranks, round + 1, options.rounds);
   }
   if (isatty(STDERR_FILENO)) std::fprintf(stderr, "\r%40s\r", "");
@@ -232,7 +250,8 @@ void print(const std::vector<Row>& rows) {
                 r.load_bytes_per_second / 1e9, r.decode_tokens_per_second, r.read_bytes_per_second / 1e9,
                 100 * r.decode_share, r.prefill_tokens_per_second, r.dot_flops_per_second / 1e9, 100 * r.prefill_share);
   }
-  std::printf("\nshare of measured read bandwidth (decode) and of measured dot peak (prefill)\n");
+  std::printf("\nshare of measured read bandwidth (decode) and of the arithmetic peak (prefill; %s)\n",
+              rows.back().peak_source.c_str());
   for (const Row& r : rows) {
     std::printf("%d rank%s  decode   %s %5.1f%%\n", r.ranks, r.ranks == 1 ? " " : "s", bar(r.decode_share).c_str(),
                 100 * r.decode_share);
@@ -247,7 +266,7 @@ absl::Status draw(const std::vector<Row>& rows, const std::string& path) {
   svg << absl::StrFormat(
       "<svg xmlns='http://www.w3.org/2000/svg' width='%d' height='%d' font-family='sans-serif' font-size='13'>\n"
       "<rect width='100%%' height='100%%' fill='white'/>\n"
-      "<text x='10' y='22' font-size='15'>Share of what this machine can do, measured in the same run</text>\n",
+      "<text x='10' y='22' font-size='15'>Share of what this machine can do</text>\n",
       kLeft + kWidth + 80, height);
   int y = 40;
   for (const Row& row : rows) {
@@ -269,10 +288,13 @@ absl::Status draw(const std::vector<Row>& rows, const std::string& path) {
 
 absl::Status run(const BenchOptions& options) {
   const int cores = cores_within_quota(static_cast<int>(allowed_cpus().size()));
+  const absl::StatusOr<OpenDevice> device = open_device(options.device, 0, 1);
+  if (!device.ok()) return device.status();
   const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::open(options.runtime.model);
   if (!checkpoint.ok()) return checkpoint.status();
   BenchOptions sized = options;
   MemoryOptions& memory = sized.runtime.memory;
+  memory.arithmetic = arithmetic_on(*device, options.arithmetic);
   memory.max_step_tokens = std::max(memory.max_step_tokens, options.prefill_tokens);
   const int64_t context = options.prefill_tokens + options.decode_steps + 1;
   if (!memory.max_context) memory.max_context = std::min(context, checkpoint->config().max_position_embeddings);
@@ -282,11 +304,11 @@ absl::Status run(const BenchOptions& options) {
   }
 
   std::printf("%s, %s, %s activations, prefill of %d tokens, decode of one sequence after it\n\n",
-              options.runtime.model.c_str(), name_of(options.runtime.isa),
+              options.runtime.model.c_str(), device->gpu ? device->gpu->name : name_of(options.runtime.isa),
               options.runtime.activations == ActivationMode::kFP8 ? "fp8" : "bf16", options.prefill_tokens);
   std::vector<Row> rows;
   for (int ranks : options.ranks) {
-    absl::StatusOr<Row> row = measure(*checkpoint, sized, ranks, cores);
+    absl::StatusOr<Row> row = measure(*checkpoint, *device, sized, ranks, cores);
     if (!row.ok()) return row.status();
     rows.push_back(*row);
   }
@@ -311,9 +333,11 @@ void add_bench_command(CLI::App& app, int* exit_code) {
   CLI::App* command =
       app.add_subcommand("bench", "Measure decode and prefill as shares of this machine's bandwidth and peak");
   command->footer(
-      "Ranks are threads of this process here, with serve's shards and collectives. Calibration and measurement take\n"
-      "turns; the figures are medians over the rounds.");
+      "Ranks are threads of this process here, with serve's shards and collectives; with --device cuda they share one\n"
+      "GPU. Calibration and measurement take turns; the figures are medians over the rounds. The peak of a GPU is its\n"
+      "datasheet's.");
   add_runtime_options(*command, &options->runtime);
+  add_device_options(*command, &options->device, &options->arithmetic);
   command->add_option("--ranks", options->ranks, "Numbers of ranks to measure, 1,2 [1,2]")
       ->delimiter(',')
       ->check(CLI::Range(1, 64));

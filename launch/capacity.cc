@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 
 namespace octet {
 namespace {
@@ -204,6 +205,13 @@ std::vector<Remedy> find_remedies(const Scenario& scenario) {
   }
   return remedies;
 }
+
+std::string human_rate(double value, const char* unit) {
+  const bool tera = value >= 1e12;
+  return absl::StrFormat("%.4g %c%s", value / (tera ? 1e12 : 1e9), tera ? 'T' : 'G', unit);
+}
+
+AllReduceCost assumed_cpu_all_reduce() { return {.points = {{32 << 10, 20e-6}}, .bytes_per_second = 4e9}; }
 
 RankSpeed speed_of(const GpuSpec& gpu) {
   constexpr double kH100Link = 450e9;

@@ -58,6 +58,12 @@ std::vector<Remedy> find_remedies(const Scenario& scenario);
 // message scaled by the links.
 RankSpeed speed_of(const GpuSpec& gpu);
 
+// "3.35 TB/s", "35 GB/s"
+std::string human_rate(double value, const char* unit);
+
+// An all-reduce between CPU ranks of one node, which nobody has measured: an assumption, to be called one.
+AllReduceCost assumed_cpu_all_reduce();
+
 // What kernels are known to reach of a datasheet; the limit itself is SpeedShares{}.
 constexpr SpeedShares kReachedShares{.bandwidth = 0.90, .bf16 = 0.75, .fp8 = 0.70, .attention = 0.65};
 

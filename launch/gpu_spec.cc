@@ -1,9 +1,15 @@
 #include "launch/gpu_spec.h"
 
+#include <algorithm>
+#include <set>
+#include <utility>
+
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
 
 namespace octet {
@@ -25,6 +31,20 @@ const std::vector<GpuSpec>& known_gpus() {
       {"B200-180GB", 183359 * kMiB, 8.0 * kTera, 2250 * kTera, 4500 * kTera, 900 * kGiga},
   };
   return kGpus;
+}
+
+const GpuSpec* datasheet_of(const std::string& device_name) {
+  const std::set<std::string> words = absl::StrSplit(device_name, absl::ByAnyChar(" -"));
+  // PCIe and NVL cards of a family are slower, or larger, than its SXM modules, which the datasheets here are of.
+  if (words.contains("PCIe") || words.contains("PCIE") || words.contains("NVL")) return nullptr;
+  // Of a family with one size of memory the driver names only the family.
+  const bool says_memory = std::ranges::any_of(words, [](const auto& word) { return absl::EndsWith(word, "GB"); });
+  for (const GpuSpec& gpu : known_gpus()) {
+    const std::pair<std::string, std::string> family_and_memory = absl::StrSplit(gpu.name, '-');
+    const auto& [family, memory] = family_and_memory;
+    if (words.contains(family) && (!says_memory || words.contains(memory))) return &gpu;
+  }
+  return nullptr;
 }
 
 absl::StatusOr<GpuChoice> parse_gpus(const std::string& text) {

@@ -25,6 +25,9 @@ struct GpuChoice {
   int count = 0;
   GpuSpec gpu;  // without numbers when the text names none: "8x"
 };
+// The one that a driver calls `device_name`, "NVIDIA H100 80GB HBM3"; null where no entry is of that very card.
+const GpuSpec* datasheet_of(const std::string& device_name);
+
 // "8xH100-80GB", "H100-80GB" or "8x". INVALID_ARGUMENT, with the known names, for anything else.
 absl::StatusOr<GpuChoice> parse_gpus(const std::string& text);
 

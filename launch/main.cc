@@ -8,6 +8,7 @@
 #include "launch/generate.h"
 #include "launch/inspect.h"
 #include "launch/plan.h"
+#include "launch/rehearse.h"
 #include "launch/serve.h"
 #include "launch/version.h"
 
@@ -35,6 +36,7 @@ int main(int argc, char** argv) {
   octet::add_convert_command(app, &exit_code);
   octet::add_inspect_command(app, &exit_code);
   octet::add_plan_command(app, &exit_code);
+  octet::add_rehearse_command(app, &exit_code);
   octet::add_doctor_command(app, &exit_code);
   octet::add_bench_command(app, &exit_code);
   try {

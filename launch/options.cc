@@ -2,6 +2,8 @@
 
 #include <map>
 
+#include "absl/strings/str_cat.h"
+
 namespace octet {
 
 void add_threads_option(CLI::App& command, std::optional<int>* threads) {
@@ -22,6 +24,25 @@ void add_all_reduce_option(CLI::App& command, AllReduce* all_reduce) {
       ->check(CLI::IsMember(kinds));
 }
 
+void add_device_options(CLI::App& command, Device* device, Arithmetic* arithmetic) {
+  command
+      .add_option_function<std::string>(
+          "--device", [device](const std::string& name) { *device = name == "cuda" ? Device::kCuda : Device::kCpu; },
+          "What ranks compute on: cpu, or cuda, for each a GPU of its own [cpu: it starts everywhere]")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
+  const auto set = [arithmetic](Arithmetic value) { return [arithmetic, value](int64_t) { *arithmetic = value; }; };
+  const bool fast = *arithmetic == Arithmetic::kFast;
+  CLI::Option* const reproducible = command.add_flag_function(
+      "--reproducible", set(Arithmetic::kReproducible),
+      absl::StrCat("On GPUs: the same bits whatever runs beside and on any number of ranks, as on CPUs always, at the ",
+                   "price of speed", fast ? "" : " [so it is]"));
+  command
+      .add_flag_function("--fast", set(Arithmetic::kFast),
+                         absl::StrCat("On GPUs: the fastest kernels and libraries; bits may depend on what runs beside",
+                                      fast ? " [so it is]" : ""))
+      ->excludes(reproducible);
+}
+
 void add_memory_options(CLI::App& command, MemoryOptions* options) {
   command
       .add_option("--kv-memory", options->kv_memory_bytes,
@@ -37,11 +58,7 @@ void add_memory_options(CLI::App& command, MemoryOptions* options) {
       ->capture_default_str();
 }
 
-void add_runtime_options(CLI::App& command, RuntimeOptions* options) {
-  command
-      .add_option("--model", options->model,
-                  "Checkpoint: a Hugging Face directory with safetensors (see octet inspect)")
-      ->required();
+void add_compute_options(CLI::App& command, RuntimeOptions* options) {
   add_threads_option(command, &options->threads);
   command
       .add_option_function<std::string>(
@@ -64,6 +81,14 @@ void add_runtime_options(CLI::App& command, RuntimeOptions* options) {
           "fast "
           "on a CPU]")
       ->check(CLI::IsMember({"bf16", "fp8"}));
+}
+
+void add_runtime_options(CLI::App& command, RuntimeOptions* options) {
+  command
+      .add_option("--model", options->model,
+                  "Checkpoint: a Hugging Face directory with safetensors (see octet inspect)")
+      ->required();
+  add_compute_options(command, options);
   add_memory_options(command, &options->memory);
 }
 

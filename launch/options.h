@@ -26,8 +26,12 @@ struct RuntimeOptions {
 void add_threads_option(CLI::App& command, std::optional<int>* threads);
 // How ranks on GPUs sum.
 void add_all_reduce_option(CLI::App& command, AllReduce* all_reduce);
+// --device, --reproducible and --fast; *arithmetic is the default.
+void add_device_options(CLI::App& command, Device* device, Arithmetic* arithmetic);
 void add_memory_options(CLI::App& command, MemoryOptions* options);
-// With threads and memory.
+// --threads, --isa and --activations.
+void add_compute_options(CLI::App& command, RuntimeOptions* options);
+// --model, and both groups above.
 void add_runtime_options(CLI::App& command, RuntimeOptions* options);
 
 }  // namespace octet

@@ -108,13 +108,7 @@ RankSpeed measure_cpu(int ranks, int threads) {
   std::memset(bytes.data(), 1, kBytes);  // untouched pages would all be one page of zeros
   return {.bytes_per_second = read_bytes_per_second(stream, bytes) / ranks,
           .bf16_flops = dot_flops_per_second(stream) / ranks,
-          .all_reduce = {.points = {{32 << 10, 20e-6}}, .bytes_per_second = 4e9}};
-}
-
-// "3.35 TB/s", "35 GB/s"
-std::string rate(double value, const char* unit) {
-  const bool tera = value >= 1e12;
-  return absl::StrFormat("%.4g %c%s", value / (tera ? 1e12 : 1e9), tera ? 'T' : 'G', unit);
+          .all_reduce = assumed_cpu_all_reduce()};
 }
 
 std::vector<std::string> assumptions_of(const Scenario& scenario, const RankSpeed& speed, const SpeedShares& shares) {
@@ -122,8 +116,8 @@ std::vector<std::string> assumptions_of(const Scenario& scenario, const RankSpee
       "step = max(weight bytes / bandwidth, 2 * weights * tokens / FLOPs), FP8 and BF16 linears apart,",
       "     + max(KV bytes / bandwidth, attention FLOPs / FLOPs) + 2 all-reduces a layer; nothing overlaps",
       absl::StrFormat("a rank reads %s; BF16 %s, FP8 %s; the limit is at all of it,",
-                      rate(speed.bytes_per_second, "B/s"), rate(speed.bf16_flops, "FLOP/s"),
-                      speed.fp8_flops > 0 ? absl::StrCat(rate(speed.fp8_flops, "FLOP/s"), " (W8A8)")
+                      human_rate(speed.bytes_per_second, "B/s"), human_rate(speed.bf16_flops, "FLOP/s"),
+                      speed.fp8_flops > 0 ? absl::StrCat(human_rate(speed.fp8_flops, "FLOP/s"), " (W8A8)")
                                           : "weights only, widened to BF16 (W8A16)"),
       absl::StrFormat(
           "the prediction at %.0f %% of the bandwidth, %.0f %% of BF16, %.0f %% of FP8, %.0f %% in attention",

@@ -16,8 +16,8 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "coordinator/rpc_worker_group.h"
-#include "kernels/cuda/open_module.h"
 #include "launch/bootstrap.h"
+#include "launch/device.h"
 #include "launch/flight_directory.h"
 #include "launch/gpu_binding.h"
 #include "launch/machine.h"
@@ -148,16 +148,13 @@ class Rank {
   }
 
   absl::Status find_gpu() {
-    absl::StatusOr<const cuda::ModuleTable*> module = cuda::open_module(cuda::module_path());
-    if (!module.ok()) return module.status();
-    const char* why = "";
-    gpu_view_.visible = (*module)->device_count(&why);
-    absl::StatusOr<int> chosen = choose_gpu(gpu_view_.visible, bootstrap_.local_rank(), bootstrap_.local_size());
-    if (!chosen.ok()) return chosen.status();
-    if (absl::Status status = cuda::check_device(**module, *chosen); !status.ok()) return status;
-    module_ = *module;
-    gpu_number_ = *chosen;
-    gpu_ = module_->device_facts(gpu_number_);
+    absl::StatusOr<OpenDevice> device =
+        octet::open_device(options_.device, bootstrap_.local_rank(), bootstrap_.local_size());
+    if (!device.ok()) return device.status();
+    module_ = device->module;
+    gpu_number_ = device->index;
+    gpu_ = device->gpu;
+    gpu_view_.visible = device->visible;
     gpu_view_.uuid = gpu_->uuid;
     return absl::OkStatus();
   }
@@ -458,26 +455,8 @@ class Rank {
 
 void add_rank_options(CLI::App& command, RankOptions* options) {
   add_runtime_options(command, &options->runtime);
-  command
-      .add_option_function<std::string>(
-          "--device",
-          [options](const std::string& name) { options->device = name == "cuda" ? Device::kCuda : Device::kCpu; },
-          "What ranks compute on: cpu, or cuda, for each a GPU of its own [cpu: it starts everywhere]")
-      ->check(CLI::IsMember({"cpu", "cuda"}));
+  add_device_options(command, &options->device, &options->arithmetic);
   add_all_reduce_option(command, &options->all_reduce);
-  const auto set = [options](Arithmetic arithmetic) {
-    return [options, arithmetic](int64_t) { options->arithmetic = arithmetic; };
-  };
-  const bool fast = options->arithmetic == Arithmetic::kFast;
-  CLI::Option* const reproducible = command.add_flag_function(
-      "--reproducible", set(Arithmetic::kReproducible),
-      absl::StrCat("On GPUs: the same bits whatever runs beside and on any number of ranks, as on CPUs always, at the ",
-                   "price of speed", fast ? "" : " [so it is]"));
-  command
-      .add_flag_function("--fast", set(Arithmetic::kFast),
-                         absl::StrCat("On GPUs: the fastest kernels and libraries; bits may depend on what runs beside",
-                                      fast ? " [so it is]" : ""))
-      ->excludes(reproducible);
   command
       .add_option_function<std::string>(
           "--log-format",

@@ -8,9 +8,11 @@
 #include <numeric>
 #include <vector>
 
+#include "kernels/calibrate.h"
 #include "kernels/cuda/open_module.h"
 #include "kernels/graph.h"
 #include "kernels/ops.h"
+#include "kernels/stopwatch.h"
 #include "tests/op_cases.h"
 
 namespace octet {
@@ -557,6 +559,26 @@ TEST(CudaOpsDeathTest, RefuseATensorOfTheOtherMemory) {
   Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
   const Owned x = random.bf16({2, 8}), weight = random.f32({8});
   EXPECT_DEATH(rms_norm(stream, x, weight, 1e-5f, x), "x lies on the CPU, the stream computes on the CUDA device");
+}
+
+TEST(CudaCalibration, ReadsMemoryOfAnySize) {
+  Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
+  for (const int64_t bytes : {16, 8192, 3 * 65536 + 48}) {
+    const Buffer buffer(bytes, stream);
+    EXPECT_GT(read_bytes_per_second(stream, buffer.tensor(DType::kU8, {bytes})), 0.0) << bytes;
+  }
+}
+
+TEST(CudaStopwatch, TellsTheTimeBetweenMarks) {
+  Stream stream(module(), 0, Arithmetic::kReproducible, kHost);
+  Stopwatch stopwatch(stream);
+  EXPECT_TRUE(stopwatch.take().empty());
+  for (int round = 0; round < 2; ++round) {
+    for (int mark = 0; mark < 3; ++mark) stopwatch.mark();
+    const std::vector<double> seconds = stopwatch.take();
+    ASSERT_EQ(seconds.size(), 2u);
+    for (const double interval : seconds) EXPECT_GE(interval, 0.0);
+  }
 }
 
 }  // namespace

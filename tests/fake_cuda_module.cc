@@ -31,6 +31,9 @@ constexpr ModuleTable kTable = {
     .end_recording = nullptr,
     .launch_recorded = nullptr,
     .release_recorded = nullptr,
+    .mark = nullptr,
+    .take_marks = nullptr,
+    .read_seconds = nullptr,
     .backend = nullptr,
 };
 

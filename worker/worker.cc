@@ -31,10 +31,15 @@ struct Worker::Impl {
   absl::Status read_logits(StepResult* result);
   void read_row(const LogitsRow& row, const RowUse& use, Sampler& sampler, StepResult* result);
 
+  void enter(StepPart part) const {
+    if (probe != nullptr) probe->enter(part);
+  }
+
   const int64_t layers;
   Stream& stream;
   TimedCommunicator communicator;
   FlightRecorder* const recorder;
+  StepProbe* probe = nullptr;
   KvCache cache;
   Transformer transformer;
   std::vector<Sampler> samplers;  // one for each thread of the stream
@@ -56,6 +61,7 @@ absl::Status Worker::Impl::read_logits(StepResult* result) {
   for (size_t first = 0; first < uses.size(); first += kLogitRows) {
     const size_t count = std::min<size_t>(kLogitRows, uses.size() - first);
     const auto rows = transformer.logits(static_cast<int64_t>(first), static_cast<int64_t>(count));
+    enter(StepPart::kSampling);
     for (size_t i = 0; i < count; ++i) {
       if (std::isfinite(rows[i].log_sum_exp)) continue;
       const RowUse& use = uses[first + i];
@@ -117,6 +123,7 @@ StepResult Worker::run(const StepPlan& plan) {
   const double collective_seconds = impl_->communicator.seconds();
   StepResult result;
   result.step = plan.step;
+  impl_->enter(StepPart::kPlan);
   absl::Status status = impl_->slots.take(plan);
   if (status.ok()) {
     impl_->copy_blocks();
@@ -132,6 +139,11 @@ StepResult Worker::run(const StepPlan& plan) {
   result.timings = {
       {.run_seconds = elapsed.count(), .collective_seconds = impl_->communicator.seconds() - collective_seconds}};
   return result;
+}
+
+void Worker::set_probe(StepProbe* probe) {
+  impl_->probe = probe;
+  impl_->transformer.set_probe(probe);
 }
 
 const WorkerLimits& Worker::limits() const { return impl_->slots.limits(); }

@@ -10,6 +10,7 @@
 #include "worker/collective/communicator.h"
 #include "worker/flight_recorder.h"
 #include "worker/kv_cache.h"
+#include "worker/model/step_probe.h"
 #include "worker/model/transformer.h"
 #include "worker/model/weights.h"
 #include "worker/step_plan.h"
@@ -31,6 +32,10 @@ class Worker {
   // A plan that breaks its contract (unknown slot, block or token out of range, gap in positions) and a NaN in the
   // logits come back as StepResult::error. The same on every rank, but for the timing.
   StepResult run(const StepPlan& plan);
+
+  // Tells `probe` of each part of the steps that run from now on; null: nobody. It outlives the worker, or the next
+  // call.
+  void set_probe(StepProbe* probe);
 
   const WorkerLimits& limits() const;
 

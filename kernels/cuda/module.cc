@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "kernels/cuda/calibrate.h"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/queue.h"
 
@@ -96,6 +97,15 @@ void release_recorded(Queue* queue, RecordedWork* work) {
   delete work;
 }
 
+void mark(Queue* queue) {
+  queue->begin_op();
+  queue->marks().set(queue->stream());
+}
+
+void take_marks(Queue* queue, double* seconds) {
+  for (const double interval : queue->marks().take()) *seconds++ = interval;
+}
+
 constexpr Backend kBackend = {.copy = copy,
                               .queue_copy = queue_copy,
                               .pack_rows = pack_rows,
@@ -134,6 +144,9 @@ constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .end_recording = end_recording,
                                 .launch_recorded = launch_recorded,
                                 .release_recorded = release_recorded,
+                                .mark = mark,
+                                .take_marks = take_marks,
+                                .read_seconds = read_seconds,
                                 .backend = &kBackend};
 
 }  // namespace

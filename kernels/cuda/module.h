@@ -10,7 +10,7 @@
 namespace octet::cuda {
 
 // Raised by every change to ModuleTable, to Backend, or to a type that either names.
-constexpr uint32_t kModuleAbi = 5;
+constexpr uint32_t kModuleAbi = 6;
 
 // An ordered queue of work on one device, and the memory its arguments travel through. The module's own.
 class Queue;
@@ -63,6 +63,14 @@ struct ModuleTable {
   RecordedWork* (*end_recording)(Queue* queue);
   void (*launch_recorded)(Queue* queue, RecordedWork* work);
   void (*release_recorded)(Queue* queue, RecordedWork* work);
+  // Notes, without waiting, when the work that the queue has so far is done.
+  void (*mark)(Queue* queue);
+  // Waits for the queue, writes the seconds from each mark to the next, and forgets the marks. REQUIRES: `seconds` has
+  // room for as many as there were marks, less one.
+  void (*take_marks)(Queue* queue, double* seconds);
+  // Waits, and returns the seconds that the device takes to read `bytes` at `data` once with nothing done to them.
+  // REQUIRES: both are multiples of 16, and bytes is above 0.
+  double (*read_seconds)(Queue* queue, const void* data, int64_t bytes);
   const Backend* backend;
 };
 

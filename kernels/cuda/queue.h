@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cuda/marks.h"
 #include "kernels/cuda/module.h"
 #include "kernels/memory.h"
 
@@ -58,6 +59,8 @@ class Queue {
     watch_ = watch;
     watch_context_ = context;
   }
+
+  Marks& marks() { return marks_; }
 
   // The calling thread's device is this one from here on, and what was uploaded for ops before may go.
   void begin_op();
@@ -157,6 +160,7 @@ class Queue {
 
   bool recording_ = false;
   bool has_recorded_ = false;
+  Marks marks_;
   void* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
   std::vector<void*> outgrown_scratch_;  // which recorded work still uses

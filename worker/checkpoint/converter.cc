@@ -234,6 +234,13 @@ std::optional<Fp8Recipe> fp8_recipe_named(std::string_view name) {
   return std::nullopt;
 }
 
+ActivationScheme activation_scheme(Fp8Recipe recipe) {
+  if (recipe == Fp8Recipe::kNone) return {};
+  ActivationScheme scheme{.kind = ActivationScheme::Kind::kDynamicPerToken};
+  if (recipe == Fp8Recipe::kFfn) scheme.upper_bound = kActivationUpperBound;
+  return scheme;
+}
+
 bool becomes_fp8(const ModelTensor& tensor, Fp8Recipe recipe, int64_t num_hidden_layers) {
   if (recipe == Fp8Recipe::kFfn) {
     return is_feed_forward(tensor.part) && tensor.layer > 0 && tensor.layer < num_hidden_layers - 1;

@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "absl/status/status.h"
+#include "kernels/ops.h"
 #include "worker/checkpoint/architecture.h"
 
 namespace octet {
@@ -24,6 +25,9 @@ enum class Fp8Recipe : uint8_t {
 std::optional<Fp8Recipe> fp8_recipe_named(std::string_view name);
 // Whether the recipe stores this tensor of a model of so many layers in FP8.
 bool becomes_fp8(const ModelTensor& tensor, Fp8Recipe recipe, int64_t num_hidden_layers);
+
+// How the recipe's FP8 layers have their inputs quantised, where they are.
+ActivationScheme activation_scheme(Fp8Recipe recipe);
 
 struct ConvertProgress {
   std::string tensor;      // being written

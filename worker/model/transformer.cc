@@ -145,7 +145,7 @@ void Transformer::forward(const StepBatch& batch, const KvCache& cache) {
 }
 
 const Transformer::RecordedStep* Transformer::recorded_for(const StepBatch& batch) const {
-  if (batch.token_count() != batch.sequence_count()) return nullptr;
+  if (batch.token_count() != batch.sequence_count() || probe_ != nullptr) return nullptr;
   for (const RecordedStep& step : recorded_) {
     if (batch.sequence_count() <= step.sequences) return &step;
   }
@@ -166,9 +166,11 @@ void Transformer::record_decode(const KvCache& cache, const std::function<void(i
 }
 
 void Transformer::run_layers(const KvCache& cache) {
+  enter(StepPart::kEmbedding);
   embed();
   rope_angles(stream_, batch_.attention.positions, inv_freq_, scratch_.cos_sin.rows(0, tokens_));
   const NormedInput first = attention_input(0);
+  enter(StepPart::kNorm);
   rms_norm_and_quantize(stream_, scratch_.residual.rows(0, tokens_), first);
   input_ = first.out;
   for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
@@ -255,10 +257,14 @@ void Transformer::attention_block(int64_t index, const KvCache& cache) {
                v = scratch_.values_f32.rows(0, tokens_);
   const Tensor rotated = front(scratch_.queries, q_shape), attended = front(scratch_.attended, q_shape);
 
+  enter(StepPart::kQkv);
   project(input_, {{{&layer.q_proj, q}, {&layer.k_proj, k}, {&layer.v_proj, v}}});
+  enter(StepPart::kRope);
   rope_and_cache(stream_, q.reshaped(q_shape), k.reshaped(kv_shape), v.reshaped(kv_shape),
                  scratch_.cos_sin.rows(0, tokens_), batch_.attention, rotated, kv);
+  enter(StepPart::kAttention);
   attention(stream_, rotated, kv, batch_.attention, attended);
+  enter(StepPart::kOutput);
   const Tensor heads = attended.reshaped({tokens_, shard_.query_rows().size()});
   project_and_reduce(quantized(heads, layer.o_proj.activations, query_column_ends_), layer.o_proj, query_column_ends_,
                      normed_input(layer.post_attention_layernorm, common_scheme({&layer.gate_proj, &layer.up_proj})));
@@ -269,10 +275,13 @@ void Transformer::feed_forward(int64_t index) {
   const Tensor gate = scratch_.gate.rows(0, tokens_), up = scratch_.up.rows(0, tokens_);
   const Tensor gated = scratch_.gated.rows(0, tokens_);
 
+  enter(StepPart::kGateUp);
   project(input_, {{{&layer.gate_proj, gate}, {&layer.up_proj, up}}});
   const ActivationScheme& scheme = layer.down_proj.activations;
   const Activations down_input = room_for(gated, scheme, static_cast<int64_t>(ffn_column_ends_.size()));
+  enter(StepPart::kSilu);
   silu_mul_and_quantize(stream_, gate, up, scheme, ffn_column_ends_, gated, down_input);
+  enter(StepPart::kDown);
   const bool last = index + 1 == config_.num_hidden_layers;
   project_and_reduce(down_input, layer.down_proj, ffn_column_ends_,
                      last ? std::nullopt : std::optional(attention_input(index + 1)));
@@ -330,6 +339,7 @@ void Transformer::project_and_reduce(const Activations& x, const Linear& weight,
   const Tensor partials = front(scratch_.partials, {scratch_.partials.dim(0), tokens_, config_.hidden_size});
   const Tensor residual = scratch_.residual.rows(0, tokens_);
   linear_over_slices(stream_, x, weight, shard_.leaves(stream_.arithmetic()), column_ends, partials);
+  enter(StepPart::kReduce);
   if (!next) return communicator_.reduce_over_slices(stream_, partials, residual);
   communicator_.reduce_and_norm(stream_, partials, residual, *next);
   input_ = next->out;
@@ -337,6 +347,7 @@ void Transformer::project_and_reduce(const Activations& x, const Linear& weight,
 
 std::span<const LogitsRow> Transformer::logits(int64_t first, int64_t n) {
   OCTET_CHECK(n <= kLogitRows, "logits() takes a few rows at a time");
+  enter(StepPart::kLogits);
   const int64_t slices_here = shard_.run().count;
   const Tensor last = scratch_.last_rows.rows(0, n), normed = scratch_.last_normed.rows(0, n);
   const Tensor here = scratch_.logits_here.rows(0, n);

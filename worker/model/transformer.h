@@ -17,6 +17,7 @@
 #include "worker/kv_cache.h"
 #include "worker/model/model_config.h"
 #include "worker/model/shard_spec.h"
+#include "worker/model/step_probe.h"
 #include "worker/model/weights.h"
 #include "worker/step_plan.h"
 
@@ -97,7 +98,15 @@ class Transformer {
   // Collective.
   std::span<const LogitsRow> logits(int64_t first, int64_t n);
 
+  // Tells `probe` of each part of what runs from now on, which recorded steps, being one piece, then do not; null:
+  // nobody. It outlives this, or the next call.
+  void set_probe(StepProbe* probe) { probe_ = probe; }
+
  private:
+  void enter(StepPart part) const {
+    if (probe_ != nullptr) probe_->enter(part);
+  }
+
   struct RecordedStep {
     int64_t sequences;
     Graph work;
@@ -139,6 +148,7 @@ class Transformer {
   const ModelConfig& config_;
   const ShardSpec& shard_;
   const ModelWeights& weights_;
+  StepProbe* probe_ = nullptr;
   StepScratch scratch_;
   const WorkerLimits limits_;
   Buffer mine_;  // what this rank gives to a gathering, on the host; only where it computes elsewhere

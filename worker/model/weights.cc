@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/fp8.h"
+#include "kernels/random_values.h"
 #include "worker/checkpoint/half.h"
 
 namespace octet {
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kStagingBytes = 8 << 20;  // one sequential read
+constexpr char kEmbedding[] = "model.embed_tokens";
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -82,81 +84,74 @@ WeightBytes bytes_of(const Placement& placement, const ModelConfig& config, cons
   return bytes;
 }
 
-// Copies tensors into one arena, in order.
-class Loader {
+// Where the values of a shard come from. Modules are named as in the checkpoint: "model.layers.3.mlp.gate_proj".
+class ValueSource {
  public:
-  Loader(Stream& stream, const Checkpoint& checkpoint, const Buffer& arena, const LoadOptions& options)
-      : stream_(stream), checkpoint_(checkpoint), arena_(arena), options_(options) {}
+  // Takes rows of a matrix, [rows, columns] as they rest in memory, that follow those it was given before.
+  using Consume = std::function<void(const Tensor& raw, int64_t first_row)>;
 
-  absl::Status load_linear(const PlacedLinear& placed) {
-    const absl::StatusOr<LinearFormat> format = checkpoint_.linear_format(placed.module);
+  virtual ~ValueSource() = default;
+  virtual absl::StatusOr<ActivationScheme> activations(const PlacedLinear& linear) = 0;
+  // In pieces of whole panels, counted from rows.begin.
+  virtual absl::Status read_rows(const std::string& module, DType dtype, Range rows, Range columns,
+                                 const Consume& consume) = 0;
+  // One for each row of an FP8 matrix.
+  virtual absl::StatusOr<std::vector<float>> scales(const PlacedLinear& linear) = 0;
+  virtual absl::StatusOr<std::vector<float>> norm(const PlacedNorm& norm) = 0;
+};
+
+// Rows of a piece that is about so large: whole panels.
+int64_t rows_of_piece(int64_t piece_bytes, int64_t row_bytes) {
+  return std::max(kPanelRows, piece_bytes / std::max<int64_t>(row_bytes, 1) / kPanelRows * kPanelRows);
+}
+
+// A rank's part of a checkpoint.
+class CheckpointValues final : public ValueSource {
+ public:
+  CheckpointValues(const Checkpoint& checkpoint, ActivationMode mode) : checkpoint_(checkpoint), mode_(mode) {}
+
+  absl::StatusOr<ActivationScheme> activations(const PlacedLinear& linear) override {
+    const absl::StatusOr<LinearFormat> format = checkpoint_.linear_format(linear.module);
     if (!format.ok()) return format.status();
-    Linear& linear = *placed.linear;
-    linear.out_features = placed.rows.size();
-    linear.in_features = placed.columns.size();
-    linear.weight = take(placed.dtype, {placed.weight_bytes() / size_of(placed.dtype)});
-    if (options_.activations == ActivationMode::kFP8) linear.activations = format->activations;
-    if (placed.dtype == DType::kF8E4M3) {
-      linear.weight_scale = take(DType::kF32, {placed.rows.size()});
-      if (absl::Status status = load_scale(*format->weight_scale, placed); !status.ok()) return status;
+    return mode_ == ActivationMode::kFP8 ? format->activations : ActivationScheme{};
+  }
+
+  absl::Status read_rows(const std::string& module, DType, Range rows, Range columns, const Consume& consume) override {
+    const TensorInfo* info = checkpoint_.find("model.embed_tokens.weight");
+    if (module != kEmbedding) {
+      const absl::StatusOr<LinearFormat> format = checkpoint_.linear_format(module);
+      if (!format.ok()) return format.status();
+      info = format->weight;
     }
-    return read_rows(*format->weight, placed.rows, placed.columns,
-                     [&](const Tensor& raw, int64_t first_row) { pack_rows(stream_, raw, first_row, linear); });
-  }
-
-  absl::Status load_embedding(Range rows, Tensor* out) {
-    const TensorInfo& info = *checkpoint_.find("model.embed_tokens.weight");
-    const int64_t hidden = info.shape[1];
-    *out = take(DType::kBF16, {rows.size(), hidden});
-    return read_rows(info, rows, {0, hidden}, [&](const Tensor& raw, int64_t first_row) {
-      copy(stream_, raw, out->rows(first_row, first_row + raw.dim(0)));
-    });
-  }
-
-  absl::Status load_norm(const PlacedNorm& placed) {
-    absl::StatusOr<std::vector<float>> values = checkpoint_.read_f32(*checkpoint_.find(placed.name));
-    if (!values.ok()) return values.status();
-    *placed.norm = take(DType::kF32, {static_cast<int64_t>(values->size())});
-    copy(stream_, Tensor(values->data(), DType::kF32, placed.norm->shape()), *placed.norm);
-    return absl::OkStatus();
-  }
-
- private:
-  Tensor take(DType dtype, Shape shape) {
-    Tensor tensor(static_cast<char*>(arena_.data()) + used_, dtype, shape, stream_.device());
-    used_ += aligned(tensor.bytes());
-    OCTET_CHECK(used_ <= arena_.bytes(), "the weights are larger than their plan");
-    return tensor;
-  }
-
-  absl::Status load_scale(const TensorInfo& info, const PlacedLinear& placed) {
-    absl::StatusOr<std::vector<float>> values = checkpoint_.read_f32(info);
-    if (!values.ok()) return values.status();
-    std::vector<float> scales(static_cast<size_t>(placed.rows.size()));
-    const bool per_row = values->size() > 1;
-    for (int64_t i = 0; i < placed.rows.size(); ++i) scales[i] = (*values)[per_row ? placed.rows.begin + i : 0];
-    copy(stream_, Tensor(scales.data(), DType::kF32, {placed.rows.size()}), placed.linear->weight_scale);
-    return absl::OkStatus();
-  }
-
-  // Hands rows of `info` to `consume` in pieces of whole panels, as F8_E4M3 or BF16, counted from rows.begin.
-  template <typename Consume>
-  absl::Status read_rows(const TensorInfo& info, Range rows, Range columns, const Consume& consume) {
-    const int64_t row_bytes = columns.size() * size_of(info.dtype);
-    const int64_t step =
-        std::max(kPanelRows, kStagingBytes / std::max<int64_t>(row_bytes, 1) / kPanelRows * kPanelRows);
+    const int64_t row_bytes = columns.size() * size_of(info->dtype);
+    const int64_t step = rows_of_piece(kStagingBytes, row_bytes);
     for (int64_t first = 0; first < rows.size(); first += step) {
       const int64_t count = std::min(step, rows.size() - first);
       staging_.resize(count * row_bytes);
-      absl::Status status = checkpoint_.read(info, rows.begin + first, rows.begin + first + count, columns.begin,
+      absl::Status status = checkpoint_.read(*info, rows.begin + first, rows.begin + first + count, columns.begin,
                                              columns.end, staging_.data());
       if (!status.ok()) return status;
-      consume(resident(Tensor(staging_.data(), info.dtype, {count, columns.size()})), first);
-      if (options_.progress) options_.progress(used_, arena_.bytes());
+      consume(resident(Tensor(staging_.data(), info->dtype, {count, columns.size()})), first);
     }
     return absl::OkStatus();
   }
 
+  absl::StatusOr<std::vector<float>> scales(const PlacedLinear& linear) override {
+    const absl::StatusOr<LinearFormat> format = checkpoint_.linear_format(linear.module);
+    if (!format.ok()) return format.status();
+    absl::StatusOr<std::vector<float>> stored = checkpoint_.read_f32(*format->weight_scale);
+    if (!stored.ok()) return stored.status();
+    const bool per_row = stored->size() > 1;
+    std::vector<float> scales(static_cast<size_t>(linear.rows.size()));
+    for (int64_t i = 0; i < linear.rows.size(); ++i) scales[i] = (*stored)[per_row ? linear.rows.begin + i : 0];
+    return scales;
+  }
+
+  absl::StatusOr<std::vector<float>> norm(const PlacedNorm& norm) override {
+    return checkpoint_.read_f32(*checkpoint_.find(norm.name));
+  }
+
+ private:
   // FP8 stays FP8; everything else becomes BF16.
   Tensor resident(const Tensor& raw) {
     if (raw.dtype() == DType::kF8E4M3 || raw.dtype() == DType::kBF16) return raw;
@@ -168,14 +163,126 @@ class Loader {
     return Tensor(converted_.data(), DType::kBF16, raw.shape());
   }
 
-  Stream& stream_;
   const Checkpoint& checkpoint_;
-  const Buffer& arena_;
-  const LoadOptions& options_;
-  int64_t used_ = 0;
+  const ActivationMode mode_;
   std::vector<char> staging_;
   std::vector<uint16_t> converted_;
 };
+
+// No checkpoint at all.
+class RandomShard final : public ValueSource {
+ public:
+  RandomShard(const ModelConfig& config, const ActivationScheme& activations)
+      : hidden_(config.hidden_size),
+        activations_(activations),
+        values_(kSeed, std::max(kPieceElements, kPanelRows * widest_input(config))) {}
+
+  absl::StatusOr<ActivationScheme> activations(const PlacedLinear& linear) override {
+    return linear.dtype == DType::kF8E4M3 ? activations_ : ActivationScheme{};
+  }
+
+  absl::Status read_rows(const std::string&, DType dtype, Range rows, Range columns, const Consume& consume) override {
+    const int64_t step = rows_of_piece(kPieceElements, columns.size());
+    for (int64_t first = 0; first < rows.size(); first += step) {
+      consume(values_.next(dtype, {std::min(step, rows.size() - first), columns.size()}), first);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::vector<float>> scales(const PlacedLinear& linear) override {
+    std::vector<float> scales = values_.near_one(linear.rows.size(), 0.25f);
+    for (float& scale : scales) scale *= RandomValues::kDeviation / RandomValues::kCodeDeviation;
+    return scales;
+  }
+
+  absl::StatusOr<std::vector<float>> norm(const PlacedNorm&) override { return values_.near_one(hidden_, 0.25f); }
+
+ private:
+  static int64_t widest_input(const ModelConfig& config) {
+    return std::max({config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim});
+  }
+
+  static constexpr uint64_t kSeed = 405;
+  static constexpr int64_t kPieceElements = 2 << 20;
+  const int64_t hidden_;
+  const ActivationScheme activations_;
+  RandomValues values_;
+};
+
+// Brings a shard from its source into one arena, in the order of its placement.
+class Filler {
+ public:
+  Filler(Stream& stream, const Buffer& arena, ValueSource& source, const ShardProgress& progress)
+      : stream_(stream), arena_(arena), source_(source), progress_(progress) {}
+
+  absl::Status embedding(Range rows, int64_t hidden, Tensor* out) {
+    *out = take(DType::kBF16, {rows.size(), hidden});
+    return source_.read_rows(kEmbedding, DType::kBF16, rows, {0, hidden}, [&](const Tensor& raw, int64_t first_row) {
+      copy(stream_, raw, out->rows(first_row, first_row + raw.dim(0)));
+      report();
+    });
+  }
+
+  absl::Status linear(const PlacedLinear& placed) {
+    Linear& linear = *placed.linear;
+    linear.out_features = placed.rows.size();
+    linear.in_features = placed.columns.size();
+    linear.weight = take(placed.dtype, {placed.weight_bytes() / size_of(placed.dtype)});
+    const absl::StatusOr<ActivationScheme> activations = source_.activations(placed);
+    if (!activations.ok()) return activations.status();
+    linear.activations = *activations;
+    if (placed.dtype == DType::kF8E4M3) {
+      linear.weight_scale = take(DType::kF32, {placed.rows.size()});
+      if (absl::Status status = put(source_.scales(placed), linear.weight_scale); !status.ok()) return status;
+    }
+    return source_.read_rows(placed.module, placed.dtype, placed.rows, placed.columns,
+                             [&](const Tensor& raw, int64_t first_row) {
+                               pack_rows(stream_, raw, first_row, linear);
+                               report();
+                             });
+  }
+
+  absl::Status norm(const PlacedNorm& placed, int64_t hidden) {
+    *placed.norm = take(DType::kF32, {hidden});
+    return put(source_.norm(placed), *placed.norm);
+  }
+
+ private:
+  Tensor take(DType dtype, Shape shape) {
+    Tensor tensor(static_cast<char*>(arena_.data()) + used_, dtype, shape, stream_.device());
+    used_ += aligned(tensor.bytes());
+    OCTET_CHECK(used_ <= arena_.bytes(), "the weights are larger than their plan");
+    return tensor;
+  }
+
+  absl::Status put(absl::StatusOr<std::vector<float>> values, const Tensor& to) {
+    if (!values.ok()) return values.status();
+    copy(stream_, Tensor(values->data(), DType::kF32, {static_cast<int64_t>(values->size())}), to);
+    return absl::OkStatus();
+  }
+
+  void report() {
+    if (progress_) progress_(used_, arena_.bytes());
+  }
+
+  Stream& stream_;
+  const Buffer& arena_;
+  ValueSource& source_;
+  const ShardProgress& progress_;
+  int64_t used_ = 0;
+};
+
+absl::Status fill(Stream& stream, const WeightFormats& formats, const ShardSpec& shard, ValueSource& source,
+                  const ShardProgress& progress, ModelWeights* weights, Buffer* memory) {
+  const Placement placement = place(formats, shard, weights);
+  const int64_t hidden = formats.config.hidden_size;
+  *memory = Buffer(bytes_of(placement, formats.config, shard).total(), stream);
+  Filler filler(stream, *memory, source, progress);
+  absl::Status status = filler.embedding(shard.vocab(), hidden, &weights->embed_tokens);
+  for (size_t i = 0; status.ok() && i < placement.linears.size(); ++i) status = filler.linear(placement.linears[i]);
+  for (size_t i = 0; status.ok() && i < placement.norms.size(); ++i) status = filler.norm(placement.norms[i], hidden);
+  return status;
+}
 
 }  // namespace
 
@@ -190,15 +297,20 @@ std::span<const std::byte> ModelWeights::memory() const {
 
 absl::StatusOr<ModelWeights> ModelWeights::load(Stream& stream, const Checkpoint& checkpoint, const ShardSpec& shard,
                                                 const LoadOptions& options) {
+  CheckpointValues values(checkpoint, options.activations);
   ModelWeights weights;
-  const Placement placement = place(weight_formats(checkpoint), shard, &weights);
-  weights.memory_ = Buffer(bytes_of(placement, checkpoint.config(), shard).total(), stream);
-  Loader loader(stream, checkpoint, weights.memory_, options);
-  absl::Status status = loader.load_embedding(shard.vocab(), &weights.embed_tokens);
-  for (size_t i = 0; status.ok() && i < placement.linears.size(); ++i)
-    status = loader.load_linear(placement.linears[i]);
-  for (size_t i = 0; status.ok() && i < placement.norms.size(); ++i) status = loader.load_norm(placement.norms[i]);
+  absl::Status status =
+      fill(stream, weight_formats(checkpoint), shard, values, options.progress, &weights, &weights.memory_);
   if (!status.ok()) return status;
+  return weights;
+}
+
+ModelWeights ModelWeights::random(Stream& stream, const WeightFormats& formats, const ShardSpec& shard,
+                                  const ActivationScheme& activations, const ShardProgress& progress) {
+  RandomShard values(formats.config, activations);
+  ModelWeights weights;
+  const absl::Status status = fill(stream, formats, shard, values, progress, &weights, &weights.memory_);
+  OCTET_CHECK(status.ok(), "random numbers cannot fail");
   return weights;
 }
 

@@ -37,10 +37,12 @@ struct WeightBytes {
 // W8A8 computes with the activation scheme that the checkpoint asks for; W8A16 keeps activations in BF16.
 enum class ActivationMode : uint8_t { kBF16, kFP8 };
 
+// Called now and then with the bytes that are there so far, and those that there will be in all.
+using ShardProgress = std::function<void(int64_t, int64_t)>;
+
 struct LoadOptions {
   ActivationMode activations = ActivationMode::kBF16;
-  // Called now and then with bytes loaded so far and in all.
-  std::function<void(int64_t, int64_t)> progress;
+  ShardProgress progress;
 };
 
 class ModelWeights {
@@ -50,6 +52,11 @@ class ModelWeights {
   // Reads this rank's part only. Errors name the tensor.
   static absl::StatusOr<ModelWeights> load(Stream& stream, const Checkpoint& checkpoint, const ShardSpec& shard,
                                            const LoadOptions& options);
+
+  // Numbers instead of a checkpoint, in memory laid out as load() does: for measuring a rank whose files, or whose
+  // other ranks, are not there. FP8 layers quantise their inputs as `activations` says.
+  static ModelWeights random(Stream& stream, const WeightFormats& formats, const ShardSpec& shard,
+                             const ActivationScheme& activations, const ShardProgress& progress);
 
   Tensor embed_tokens;  // [vocabulary rows here, hidden] BF16
   std::vector<LayerWeights> layers;
