@@ -27,6 +27,7 @@ constexpr ModuleTable kTable = {
     .end_recording = nullptr,
     .launch_recorded = nullptr,
     .release_recorded = nullptr,
+    .sample = nullptr,
     .backend = nullptr,
 };
 

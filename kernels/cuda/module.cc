@@ -110,6 +110,7 @@ constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .end_recording = end_recording,
                                 .launch_recorded = launch_recorded,
                                 .release_recorded = release_recorded,
+                                .sample = sample,
                                 .backend = &kBackend};
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/backend.h"
+#include "kernels/cuda/sample.h"
 
 namespace octet::cuda {
 
@@ -46,6 +47,8 @@ struct ModuleTable {
   RecordedWork* (*end_recording)(Queue* queue);
   void (*launch_recorded)(Queue* queue, RecordedWork* work);
   void (*release_recorded)(Queue* queue, RecordedWork* work);
+  // Chooses tokens from rows of logits on the device.
+  void (*sample)(Queue* queue, const SampleArguments& arguments);
   const Backend* backend;
 };
 

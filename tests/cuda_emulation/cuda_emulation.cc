@@ -367,6 +367,17 @@ uint32_t shuffle(unsigned lanes, uint32_t bits, int from) {
   return result;
 }
 
+uint32_t vote(unsigned lanes, bool yes) {
+  const uint32_t mine = yes ? 1 : 0;
+  bring(lanes, {&mine, 1});
+  uint32_t votes = 0;
+  for (int i = 0; i < kWarp; ++i) {
+    if ((lanes >> i & 1) != 0) votes |= brought_by(i)[0] << i;
+  }
+  end_exchange(lanes);
+  return votes;
+}
+
 namespace {
 
 // Exact products, one rounding of the sum: what tensor cores come close to, in an order of their own.
