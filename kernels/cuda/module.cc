@@ -93,7 +93,8 @@ constexpr Backend kBackend = {.copy = copy,
                               .rope_and_cache = rope_and_cache,
                               .attention = attention,
                               .copy_blocks = copy_blocks,
-                              .softmax_parts = softmax_parts};
+                              .softmax_parts = softmax_parts,
+                              .join_columns = join_columns};
 
 constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .built_for = OCTET_CUDA_BUILT_FOR,
