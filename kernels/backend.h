@@ -35,6 +35,7 @@ struct Backend {
                     const Tensor& out);
   void (*copy_blocks)(Stream& stream, std::span<const int32_t> from, std::span<const int32_t> to, const KvLayer& cache);
   void (*softmax_parts)(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts);
+  void (*join_columns)(Stream& stream, const Tensor& parts, std::span<const int64_t> column_ends, const Tensor& out);
 };
 
 }  // namespace octet

@@ -360,6 +360,15 @@ void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t
   stream.backend().softmax_parts(stream, logits, group_ends, parts);
 }
 
+void join_columns(Stream& stream, const Tensor& parts, std::span<const int64_t> column_ends, const Tensor& out) {
+  const Device device = stream.device();
+  check_rank("out", out, 2);
+  check_tensor(device, "out", out, DType::kF32, out.shape());
+  check_tensor(device, "parts", parts, DType::kF32, {out.elements()});
+  check_groups(column_ends, out.dim(1));
+  stream.backend().join_columns(stream, parts, column_ends, out);
+}
+
 void softmax_weights(const Stream& stream, std::span<const float> logits, float max, float scale,
                      std::span<float> weights) {
   OCTET_CHECK(logits.size() == weights.size(),

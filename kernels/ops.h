@@ -173,6 +173,10 @@ void copy_blocks(Stream& stream, std::span<const int32_t> from, std::span<const 
 // parts [rows, groups, 2] F32. The log-sum-exp of a row is finished over groups in slice-tree order.
 void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts);
 
+// From parts of rows, one part of all rows after the other, to whole rows: columns [column_ends[i - 1], column_ends[i])
+// of out [rows, n] F32 are part i. parts [rows * n] F32; groups as in quantize(). parts and out do not overlap.
+void join_columns(Stream& stream, const Tensor& parts, std::span<const int64_t> column_ends, const Tensor& out);
+
 // weights[i] = exp((logits[i] - max) * scale), FP32; 0 where that is below the smallest normal number, and for
 // -infinity. max: the greatest of logits, finite; scale a normal number above 0. weights may be logits. On the calling
 // thread alone, and any number of threads may call it at once: samplers share out rows, not their terms.

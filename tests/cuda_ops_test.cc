@@ -363,6 +363,18 @@ TEST(CudaCopies, HaveTheCpusBits) {
   });
 }
 
+TEST(CudaJoinColumns, PutsThePartsOfRowsSideBySide) {
+  Random random(18);
+  const Owned parts = random.f32({4 * 301});
+  for (const std::vector<int64_t>& ends : {std::vector<int64_t>{301}, {1, 100, 300, 301}}) {
+    expect_same_on_both("join_columns", [&](Place& place) {
+      const Tensor out = place.zeros(DType::kF32, {4, 301});
+      join_columns(place.stream, place.put(parts), ends, out);
+      return std::vector<Tensor>{out};
+    });
+  }
+}
+
 TEST(CudaSoftmaxParts, HaveTheCpusBits) {
   Random random(9);
   for (const int64_t n : {3, 16, 100, 2050, 4999}) {

@@ -36,7 +36,10 @@ std::vector<DrivenOutput> outputs_of(const Checkpoint& checkpoint, int ranks, Ac
        .sampling = {.top_logprobs = 3},
        .chunk = 9},
       {.prompt = {5, 3}, .max_tokens = 4, .sampling = {.temperature = 0.8f, .seed = 7}, .score_top = 1},
-      {.prompt = {2, 2, 2, 40}, .max_tokens = 5, .arrival_step = 2},
+      {.prompt = {2, 2, 2, 40},  // whose choices are the host's
+       .max_tokens = 5,
+       .sampling = {.presence_penalty = 0.5f, .temperature = 1.2f, .top_p = 0.9f, .seed = 9},
+       .arrival_step = 2},
       {.prompt = {9}, .max_tokens = 7, .arrival_step = 1}};
   return drive(**group, (*group)->plan().limits, requests);
 }

@@ -34,6 +34,7 @@ constexpr ModuleTable kTable = {
     .mark = nullptr,
     .take_marks = nullptr,
     .read_seconds = nullptr,
+    .sample = nullptr,
     .backend = nullptr,
 };
 

@@ -724,6 +724,19 @@ TEST(Exp, IsWithinTwoUlpAndHasTheSameBitsEverywhere) {
   EXPECT_LE(worst, 2.0);
 }
 
+TEST(JoinColumns, PutsThePartsOfRowsSideBySide) {
+  Owned parts(DType::kF32, {6});
+  std::iota(parts.tensor.as<float>(), parts.tensor.as<float>() + 6, 0.0f);
+  const Owned out = same_everywhere("join_columns", [&](Stream& stream) {
+    Owned joined(DType::kF32, {2, 3});
+    const int64_t ends[] = {1, 3};
+    join_columns(stream, parts, ends, joined);
+    return joined;
+  });
+  const std::vector<float> expected = {0, 2, 3, 1, 4, 5};
+  for (int64_t i = 0; i < 6; ++i) EXPECT_EQ(value_at(out, i), expected[static_cast<size_t>(i)]);
+}
+
 TEST(CopyRows, CopiesRows) {
   Random random(15);
   const Owned table = random.bf16({50, 33});

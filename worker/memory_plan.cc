@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "worker/decode_batch.h"
+#include "worker/device_sampler.h"
 #include "worker/kv_cache.h"
 #include "worker/model/transformer.h"
 #include "worker/sampler.h"
@@ -41,12 +42,18 @@ absl::StatusOr<RankBytes> bytes_without_cache(const WeightFormats& formats, cons
   if (!shard.ok()) return shard.status();
   const auto scratch = [&] {
     const int64_t max_context = options.max_context.value_or(config.max_position_embeddings);
-    const int64_t recorded = options.device == Device::kCpu
-                                 ? 0
-                                 : DecodeBatch::bytes(options.max_sequences, max_context) +
-                                       KvCache::padding_blocks(options.device) * KvCache::block_bytes(config, *shard);
-    return StepScratch::bytes(config, *shard, options.arithmetic, options.max_step_tokens, options.max_sequences) +
-           PlacedBatch::bytes(options.max_step_tokens, options.max_sequences, max_context) + recorded +
+    const StepBounds bounds{.device = options.device,
+                            .arithmetic = options.arithmetic,
+                            .max_tokens = options.max_step_tokens,
+                            .max_sequences = options.max_sequences};
+    const int64_t of_gpus =  // recorded steps with their padding, and choices
+        options.device == Device::kCpu
+            ? 0
+            : DecodeBatch::bytes(std::min<int64_t>(options.max_sequences, bounds.logit_rows()), max_context) +
+                  KvCache::padding_blocks(options.device) * KvCache::block_bytes(config, *shard) +
+                  DeviceSampler::bytes(bounds.logit_rows(), config.vocab_size);
+    return StepScratch::bytes(config, *shard, bounds) +
+           PlacedBatch::bytes(options.max_step_tokens, options.max_sequences, max_context) + of_gpus +
            threads * Sampler::bytes(config.vocab_size) + options.window_bytes;
   };
   return RankBytes{.weights = ModelWeights::plan(formats, *shard),

@@ -121,12 +121,6 @@ float cut_to_finite(float logit) {
 
 bool suppresses_end(const Choice& choice) { return choice.completion_tokens < choice.sampling.min_tokens; }
 
-bool changes_logits(const Choice& choice) {
-  const SlotSampling& sampling = choice.sampling;
-  return sampling.reads_history() || !sampling.logit_bias.empty() || !sampling.allowed_token_ids.empty() ||
-         !choice.mask.empty() || (suppresses_end(choice) && !sampling.end_token_ids.empty());
-}
-
 void mask_all_but(std::span<const int32_t> ids, std::vector<float>* logits) {
   std::vector<float> kept;
   kept.reserve(ids.size());
@@ -157,6 +151,28 @@ void mask_bad_words(const Choice& choice, std::vector<float>* logits) {
 }
 
 }  // namespace
+
+bool changes_logits(const Choice& choice) {
+  const SlotSampling& sampling = choice.sampling;
+  return sampling.reads_history() || !sampling.logit_bias.empty() || !sampling.allowed_token_ids.empty() ||
+         !choice.mask.empty() || (suppresses_end(choice) && !sampling.end_token_ids.empty());
+}
+
+float scale_of(float temperature) {
+  const cpu::FlushDenormals flush;
+  return std::clamp(1.0f / temperature, std::numeric_limits<float>::min(), kHighest);
+}
+
+void report(const TokenLogit& chosen, std::span<TokenLogit> alternatives, float log_sum_exp, SampledToken* out) {
+  const cpu::FlushDenormals flush;
+  std::sort(alternatives.begin(), alternatives.end(), [](const TokenLogit& a, const TokenLogit& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+  });
+  auto with_logprob = [&](const TokenLogit& token) { return TokenLogprob{token.token, token.logit - log_sum_exp}; };
+  out->chosen = with_logprob(chosen);
+  out->top.clear();
+  for (const TokenLogit& token : alternatives) out->top.push_back(with_logprob(token));
+}
 
 double uniform_at(uint64_t seed, uint32_t output_index, int32_t position) {
   const auto bits = philox({static_cast<uint32_t>(position), output_index, 0, 0},
@@ -190,16 +206,13 @@ void Sampler::sample(const Choice& choice, SampledToken* out) {
 
 void Sampler::score(const LogitsRow& row, int32_t token, int32_t top, SampledToken* out) {
   const cpu::FlushDenormals flush;
-  auto with_logprob = [&](int32_t id) { return TokenLogprob{id, row.logits[id] - row.log_sum_exp}; };
-  out->chosen = with_logprob(token);
-  out->top.clear();
-  if (top <= 0) return;
-  scan(row.logits);
-  take_best(row.logits, static_cast<size_t>(top));
-  std::sort(ids_.begin(), ids_.end(), [&](int32_t a, int32_t b) {
-    return row.logits[a] != row.logits[b] ? row.logits[a] > row.logits[b] : a < b;
-  });
-  for (const int32_t id : ids_) out->top.push_back(with_logprob(id));
+  alternatives_.clear();
+  if (top > 0) {
+    scan(row.logits);
+    take_best(row.logits, static_cast<size_t>(top));
+    for (const int32_t id : ids_) alternatives_.push_back({id, row.logits[id]});
+  }
+  report({token, row.logits[token]}, alternatives_, row.log_sum_exp, out);
 }
 
 Distribution Sampler::distribution(const Choice& choice) {
@@ -211,7 +224,7 @@ Distribution Sampler::distribution(const Choice& choice) {
     weights_ = {1.0f};
     return {ids_, weights_};
   }
-  const float scale = std::clamp(1.0f / sampling.temperature, std::numeric_limits<float>::min(), kHighest);
+  const float scale = scale_of(sampling.temperature);
   if (sampling.top_k > 0 && static_cast<size_t>(sampling.top_k) < logits.size()) {
     const float max = greatest();
     take_best(logits, static_cast<size_t>(sampling.top_k));

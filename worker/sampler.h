@@ -34,6 +34,19 @@ struct Choice {
   std::span<const uint32_t> mask;         // SlotMask::words, at least one bit inside the vocabulary; empty: no mask
 };
 
+// Whether the choice is made from other logits than the row's own: penalised, biased or masked.
+bool changes_logits(const Choice& choice);
+// What logits are multiplied by. temperature is above 0.
+float scale_of(float temperature);
+
+struct TokenLogit {
+  int32_t token = 0;
+  float logit = 0.0f;
+};
+// What is told of a choice: logprobs of the raw distribution, the alternatives, which come in any order, best first.
+// Sets all of *out but its slot.
+void report(const TokenLogit& chosen, std::span<TokenLogit> alternatives, float log_sum_exp, SampledToken* out);
+
 // Weights, not normalised, of the tokens that may be chosen; at least one is above 0.
 struct Distribution {
   std::span<const int32_t> ids;    // ascending; empty: weights[i] is that of token i
@@ -82,6 +95,7 @@ class Sampler {
   std::vector<float> adjusted_;         // [vocab_size]
   std::vector<float> maxima_, ranked_;  // of the blocks of the row last scanned
   std::vector<int32_t> ids_;
+  std::vector<TokenLogit> alternatives_;
   std::vector<float> weights_;
   std::vector<double> sums_;
 };

@@ -1,13 +1,16 @@
 #include "worker/worker.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
+#include <optional>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_format.h"
 #include "kernels/cpu/thread_pool.h"
 #include "worker/collective/timed_communicator.h"
+#include "worker/device_sampler.h"
 #include "worker/sampler.h"
 #include "worker/slot_table.h"
 
@@ -25,11 +28,24 @@ struct Worker::Impl {
         samplers(stream.threads(), Sampler(stream)),
         slots(limits) {
     for (Sampler& sampler : samplers) sampler.reserve(limits.vocab_size);
+    if (stream.device() == Device::kCuda) {
+      device_sampler.emplace(stream, transformer.logit_rows(), limits.vocab_size);
+    }
   }
 
   void copy_blocks();
-  absl::Status read_logits(StepResult* result);
+  // The batch of the plan last taken, and what is chosen after it.
+  absl::Status run_batch(StepResult* result);
+  // Of what `use` samples; its logits are to be filled in.
+  Choice choice_of(const RowUse& use);
+  // Whether the device chooses it.
+  bool on_device(const RowUse& use);
+  // Tells the device what it is to choose from the first rows of logits.
+  void set_choices(std::span<const RowUse> uses);
+  absl::Status read_rows(std::span<const RowUse> uses, StepResult* result);
   void read_row(const LogitsRow& row, const RowUse& use, Sampler& sampler, StepResult* result);
+  // What was sampled is the slot's last token.
+  void note_sample(const RowUse& use, StepResult* result);
 
   void enter(StepPart part) const {
     if (probe != nullptr) probe->enter(part);
@@ -43,6 +59,7 @@ struct Worker::Impl {
   KvCache cache;
   Transformer transformer;
   std::vector<Sampler> samplers;  // one for each thread of the stream
+  std::optional<DeviceSampler> device_sampler;
   SlotTable slots;
 };
 
@@ -53,25 +70,77 @@ void Worker::Impl::copy_blocks() {
   }
 }
 
-// A few rows at a time, shared out over the stream's threads: a row's answer depends on no other's.
-absl::Status Worker::Impl::read_logits(StepResult* result) {
+Choice Worker::Impl::choice_of(const RowUse& use) {
+  Slot& slot = slots.slot(use.slot);
+  return {.row = {},
+          .sampling = slot.sampling,
+          .position = use.position,
+          .completion_tokens = use.position - slot.prompt_tokens,
+          .history = &slot.history,
+          .mask = use.mask};
+}
+
+bool Worker::Impl::on_device(const RowUse& use) {
+  return device_sampler && use.scored < 0 && use.sampled >= 0 && DeviceSampler::takes(choice_of(use));
+}
+
+void Worker::Impl::set_choices(std::span<const RowUse> uses) {
+  if (!device_sampler) return;
+  device_sampler->clear();
+  for (size_t i = 0; i < uses.size(); ++i) {
+    if (on_device(uses[i])) device_sampler->set(static_cast<int64_t>(i), choice_of(uses[i]));
+  }
+}
+
+absl::Status Worker::Impl::run_batch(StepResult* result) {
   result->sampled.resize(static_cast<size_t>(slots.sampled()));
   result->scored.resize(static_cast<size_t>(slots.scored()));
   const std::span<const RowUse> uses = slots.uses();
-  for (size_t first = 0; first < uses.size(); first += kLogitRows) {
-    const size_t count = std::min<size_t>(kLogitRows, uses.size() - first);
-    const auto rows = transformer.logits(static_cast<int64_t>(first), static_cast<int64_t>(count));
+  if (transformer.has_recorded(slots.batch())) {
+    set_choices(uses);
+    transformer.run_recorded(slots.batch());
+    return read_rows(uses, result);
+  }
+  transformer.forward(slots.batch(), cache);
+  const auto at_once = static_cast<size_t>(transformer.logit_rows());
+  for (size_t first = 0; first < uses.size(); first += at_once) {
+    const auto some = uses.subspan(first, std::min(at_once, uses.size() - first));
+    set_choices(some);
+    const Tensor logits = transformer.logits(static_cast<int64_t>(first), static_cast<int64_t>(some.size()));
     enter(StepPart::kSampling);
-    for (size_t i = 0; i < count; ++i) {
-      if (std::isfinite(rows[i].log_sum_exp)) continue;
-      const RowUse& use = uses[first + i];
+    if (device_sampler) device_sampler->run(logits);
+    if (absl::Status status = read_rows(some, result); !status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+// Of the rows of logits last queued: what the device has chosen, then what is left to the host, a few rows at a time,
+// shared out over the stream's threads: a row's answer depends on no other's.
+absl::Status Worker::Impl::read_rows(std::span<const RowUse> uses, StepResult* result) {
+  stream.synchronize();
+  std::vector<int64_t> left;
+  for (size_t i = 0; i < uses.size(); ++i) {
+    const RowUse& use = uses[i];
+    const auto row = static_cast<int64_t>(i);
+    const float log_sum_exp = transformer.log_sum_exp(row);
+    if (!std::isfinite(log_sum_exp)) {
       return absl::InternalError(absl::StrFormat(
           "the logits after position %d of slot %d hold NaN or infinity: the checkpoint's weights or scales are broken",
           use.position - 1, use.slot));
     }
-    const auto nanoseconds = static_cast<int64_t>(count) * slots.limits().vocab_size;
-    stream.pool().parallel_for(static_cast<int64_t>(count), nanoseconds, [&](int64_t i, int thread) {
-      read_row(rows[i], uses[first + i], samplers[thread], result);
+    if (on_device(use)) {
+      device_sampler->report(row, log_sum_exp, &result->sampled[use.sampled]);
+      note_sample(use, result);
+    } else {
+      left.push_back(row);
+    }
+  }
+  std::array<LogitsRow, kLogitRows> rows;
+  for (size_t first = 0; first < left.size(); first += kLogitRows) {
+    const auto count = static_cast<int64_t>(std::min<size_t>(kLogitRows, left.size() - first));
+    for (int64_t i = 0; i < count; ++i) rows[i] = transformer.on_host(left[first + i], i);
+    stream.pool().parallel_for(count, count * slots.limits().vocab_size, [&](int64_t i, int thread) {
+      read_row(rows[i], uses[left[first + i]], samplers[thread], result);
     });
   }
   return absl::OkStatus();
@@ -84,16 +153,16 @@ void Worker::Impl::read_row(const LogitsRow& row, const RowUse& use, Sampler& sa
     sampler.score(row, use.next_token, use.score_top, &scored);
   }
   if (use.sampled < 0) return;
+  Choice choice = choice_of(use);
+  choice.row = row;
+  sampler.sample(choice, &result->sampled[use.sampled]);
+  note_sample(use, result);
+}
+
+void Worker::Impl::note_sample(const RowUse& use, StepResult* result) {
   Slot& slot = slots.slot(use.slot);
   SampledToken& sampled = result->sampled[use.sampled];
   sampled.slot = use.slot;
-  sampler.sample({.row = row,
-                  .sampling = slot.sampling,
-                  .position = use.position,
-                  .completion_tokens = use.position - slot.prompt_tokens,
-                  .history = &slot.history,
-                  .mask = use.mask},
-                 &sampled);
   slot.last_token = sampled.chosen.token;
   slot.has_sample = true;
 }
@@ -113,7 +182,9 @@ absl::Status Worker::record_steps(const std::function<void(int64_t, int64_t)>& p
     return absl::FailedPreconditionError(
         "steps run without CUDA graphs: the ranks meet in the host's memory, which a graph cannot wait for");
   }
-  impl_->transformer.record_decode(impl_->cache, progress);
+  impl_->device_sampler->clear();
+  impl_->transformer.record_decode(
+      impl_->cache, [&](const Tensor& logits) { impl_->device_sampler->run(logits); }, progress);
   return absl::OkStatus();
 }
 
@@ -128,8 +199,7 @@ StepResult Worker::run(const StepPlan& plan) {
   if (status.ok()) {
     impl_->copy_blocks();
     if (impl_->slots.batch().token_count() > 0) {
-      impl_->transformer.forward(impl_->slots.batch(), impl_->cache);
-      status = impl_->read_logits(&result);
+      status = impl_->run_batch(&result);
     }
   }
   if (!status.ok()) result.error = std::string(status.message());

@@ -22,7 +22,8 @@ const Backend& backend() {
                                        .rope_and_cache = rope_and_cache,
                                        .attention = attention,
                                        .copy_blocks = copy_blocks,
-                                       .softmax_parts = softmax_parts};
+                                       .softmax_parts = softmax_parts,
+                                       .join_columns = join_columns};
   return kBackend;
 }
 

@@ -32,6 +32,7 @@ void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tens
 void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out);
 void copy_blocks(Stream& stream, std::span<const int32_t> from, std::span<const int32_t> to, const KvLayer& cache);
 void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts);
+void join_columns(Stream& stream, const Tensor& parts, std::span<const int64_t> column_ends, const Tensor& out);
 void softmax_weights(const Stream& stream, std::span<const float> logits, float max, float scale,
                      std::span<float> weights);
 

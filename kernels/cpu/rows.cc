@@ -174,6 +174,17 @@ void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t
   });
 }
 
+void join_columns(Stream& stream, const Tensor& parts, std::span<const int64_t> column_ends, const Tensor& out) {
+  const int64_t rows = out.dim(0), n = out.dim(1);
+  const int64_t groups = static_cast<int64_t>(column_ends.size());
+  stream.pool().parallel_for(rows * groups, out.elements() / 4, [&](int64_t item, int) {
+    const int64_t row = item / groups, group = item % groups;
+    const int64_t begin = group == 0 ? 0 : column_ends[group - 1], count = column_ends[group] - begin;
+    std::memcpy(out.as<float>() + row * n + begin, parts.as<float>() + rows * begin + row * count,
+                static_cast<size_t>(count) * sizeof(float));
+  });
+}
+
 // Bound by arithmetic, where the logits are in a cache; taken in pieces that stay in the nearest one.
 void softmax_weights(const Stream& stream, std::span<const float> logits, float max, float scale,
                      std::span<float> weights) {

@@ -123,7 +123,8 @@ constexpr Backend kBackend = {.copy = copy,
                               .rope_and_cache = rope_and_cache,
                               .attention = attention,
                               .copy_blocks = copy_blocks,
-                              .softmax_parts = softmax_parts};
+                              .softmax_parts = softmax_parts,
+                              .join_columns = join_columns};
 
 constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .built_for = OCTET_CUDA_BUILT_FOR,
@@ -147,6 +148,7 @@ constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .mark = mark,
                                 .take_marks = take_marks,
                                 .read_seconds = read_seconds,
+                                .sample = sample,
                                 .backend = &kBackend};
 
 }  // namespace

@@ -6,11 +6,12 @@
 #include <cstdint>
 
 #include "kernels/backend.h"
+#include "kernels/cuda/sample.h"
 
 namespace octet::cuda {
 
 // Raised by every change to ModuleTable, to Backend, or to a type that either names.
-constexpr uint32_t kModuleAbi = 6;
+constexpr uint32_t kModuleAbi = 7;
 
 // An ordered queue of work on one device, and the memory its arguments travel through. The module's own.
 class Queue;
@@ -71,6 +72,8 @@ struct ModuleTable {
   // Waits, and returns the seconds that the device takes to read `bytes` at `data` once with nothing done to them.
   // REQUIRES: both are multiples of 16, and bytes is above 0.
   double (*read_seconds)(Queue* queue, const void* data, int64_t bytes);
+  // Chooses tokens from rows of logits on the device.
+  void (*sample)(Queue* queue, const SampleArguments& arguments);
   const Backend* backend;
 };
 

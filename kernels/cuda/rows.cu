@@ -135,6 +135,25 @@ __global__ void copy_rows_kernel(const uint16_t* table, const int32_t* row_ids, 
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) out[blockIdx.x * n + i] = from[i];
 }
 
+struct JoinColumns {
+  const float* parts;
+  const int64_t* ends;
+  float* out;
+  int64_t rows, n;
+};
+
+__global__ void join_columns_kernel(JoinColumns a) {
+  const int64_t i = element_of_thread();
+  if (i >= a.rows * a.n) return;
+  const int64_t row = i / a.n, column = i % a.n;
+  int64_t begin = 0, end = *a.ends;
+  for (const int64_t* next = a.ends; column >= end;) {
+    begin = end;
+    end = *++next;
+  }
+  a.out[i] = a.parts[a.rows * begin + row * (end - begin) + column - begin];
+}
+
 // ---- Softmax of logits: a block has one column group of one row
 
 struct SoftmaxParts {
@@ -268,6 +287,17 @@ void silu_mul(Stream& stream, const Tensor& gate, const Tensor& up, const Tensor
   if (n == 0) return;
   queue_of(stream).launch(silu_mul_kernel, blocks_for(n, kThreads), kThreads, gate.as<float>(), up.as<float>(),
                           out.as<uint16_t>(), n);
+}
+
+void join_columns(Stream& stream, const Tensor& parts, std::span<const int64_t> column_ends, const Tensor& out) {
+  if (out.elements() == 0) return;
+  Queue& queue = queue_of(stream);
+  queue.launch(join_columns_kernel, blocks_for(out.elements(), kThreads), kThreads,
+               JoinColumns{.parts = parts.as<float>(),
+                           .ends = queue.constant(column_ends),
+                           .out = out.as<float>(),
+                           .rows = out.dim(0),
+                           .n = out.dim(1)});
 }
 
 void softmax_parts(Stream& stream, const Tensor& logits, std::span<const int64_t> group_ends, const Tensor& parts) {

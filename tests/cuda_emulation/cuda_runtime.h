@@ -74,7 +74,7 @@ std::span<const uint32_t> brought_by(int lane);
 void end_exchange(unsigned lanes);
 // The bits that lane `from` of the warp brought to the same shuffle.
 uint32_t shuffle(unsigned lanes, uint32_t bits, int from);
-// A bit for each of the lanes that says yes.
+// Bit i: whether lane i said yes.
 uint32_t vote(unsigned lanes, bool yes);
 // A warp's tensor core, as kernels/cuda/mma.cuh says.
 void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -141,6 +141,21 @@ T __shfl_xor_sync(unsigned lanes, T value, int change) {
   return value;
 }
 
+inline unsigned __ballot_sync(unsigned lanes, bool yes) { return cuda_emulation::vote(lanes, yes); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
+
+template <typename T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at += value;
+  return before;
+}
+inline unsigned atomicMin(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at = std::min(before, value);
+  return before;
+}
 inline unsigned atomicMax(unsigned* at, unsigned value) {
   const unsigned before = *at;
   *at = std::max(before, value);

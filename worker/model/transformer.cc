@@ -47,17 +47,18 @@ SoftmaxPart part_of(const SliceNode& node, int slices, const Leaf& leaf) {
 
 }  // namespace
 
-StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic,
-                                               int64_t max_tokens, int64_t max_sequences) {
-  const int64_t t = max_tokens, hidden = config.hidden_size;
+StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const ShardSpec& shard,
+                                               const StepBounds& bounds) {
+  const bool alone = shard.ranks() == 1;
+  const int64_t t = bounds.max_tokens, l = bounds.logit_rows(), hidden = config.hidden_size;
   const int64_t q = shard.query_rows().size(), kv = shard.kv_rows().size(), ffn = shard.ffn().size();
-  const SliceRun leaves = shard.leaves(arithmetic);
+  const SliceRun leaves = shard.leaves(bounds.arithmetic);
   const int64_t subtrees = static_cast<int64_t>(maximal_subtrees(leaves).size());
   const int64_t slices_here = shard.run().count, vocab_here = shard.vocab().size();
   auto f32 = [](Shape shape) { return Tensor(nullptr, DType::kF32, shape); };
   auto bf16 = [](Shape shape) { return Tensor(nullptr, DType::kBF16, shape); };
   return {{&residual, bf16({t, hidden})},
-          {&arrived, bf16({shard.ranks() == 1 ? 0 : std::max(t, shard.ranks() * max_sequences), hidden})},
+          {&arrived, bf16({alone ? 0 : std::max(t, shard.ranks() * bounds.max_sequences), hidden})},
           {&normed, bf16({t, hidden})},
           {&cos_sin, f32({t, config.head_dim / 2, 2})},
           {&queries_f32, f32({t, q})},
@@ -71,17 +72,20 @@ StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const 
           {&partials, f32({subtrees, t, hidden})},
           {&codes, Tensor(nullptr, DType::kF8E4M3, {t, std::max({hidden, q, ffn})})},
           {&code_scales, f32({t, leaves.count})},
-          {&last_rows, bf16({kLogitRows, hidden})},
-          {&last_normed, bf16({kLogitRows, hidden})},
-          {&logits_here, f32({kLogitRows, vocab_here})},
-          {&parts_here, f32({kLogitRows, slices_here, 2})}};
+          {&last_rows, bf16({l, hidden})},
+          {&last_normed, bf16({l, hidden})},
+          {&logits_here, f32({l, vocab_here})},
+          {&parts_here, f32({l, slices_here, 2})},
+          {&arrived_logits, f32({alone ? 0 : l * config.vocab_size})},
+          {&logits, f32({alone ? 0 : l, config.vocab_size})},
+          {&arrived_parts, f32({alone ? 0 : l * shard.slices() * 2})}};
 }
 
-StepScratch::Layout StepScratch::host_layout(const ModelConfig& config, const ShardSpec& shard) {
+StepScratch::Layout StepScratch::host_layout(const ModelConfig& config, const ShardSpec& shard,
+                                             const StepBounds& bounds) {
   auto f32 = [](Shape shape) { return Tensor(nullptr, DType::kF32, shape); };
-  return {{&gathered_logits, f32({kLogitRows * config.vocab_size})},
-          {&gathered_parts, f32({kLogitRows * shard.slices() * 2})},
-          {&logits, f32({kLogitRows, config.vocab_size})}};
+  return {{&parts_on_host, f32({bounds.logit_rows() * shard.slices() * 2})},
+          {&logits_on_host, f32({bounds.device == Device::kCpu ? 0 : kLogitRows, config.vocab_size})}};
 }
 
 int64_t StepScratch::bytes(const Layout& layout) {
@@ -90,11 +94,9 @@ int64_t StepScratch::bytes(const Layout& layout) {
   return bytes;
 }
 
-int64_t StepScratch::bytes(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic, int64_t max_tokens,
-                           int64_t max_sequences) {
+int64_t StepScratch::bytes(const ModelConfig& config, const ShardSpec& shard, const StepBounds& bounds) {
   StepScratch unplaced;
-  return bytes(unplaced.device_layout(config, shard, arithmetic, max_tokens, max_sequences)) +
-         bytes(unplaced.host_layout(config, shard));
+  return bytes(unplaced.device_layout(config, shard, bounds)) + bytes(unplaced.host_layout(config, shard, bounds));
 }
 
 void StepScratch::place(const Layout& layout, const Buffer& memory, Device device) {
@@ -105,12 +107,11 @@ void StepScratch::place(const Layout& layout, const Buffer& memory, Device devic
   }
 }
 
-StepScratch::StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens,
-                         int64_t max_sequences) {
-  const Layout on_device = device_layout(config, shard, stream.arithmetic(), max_tokens, max_sequences);
-  const Layout on_host = host_layout(config, shard);
+StepScratch::StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard,
+                         const StepBounds& bounds) {
+  const Layout on_device = device_layout(config, shard, bounds), on_host = host_layout(config, shard, bounds);
   device_memory_ = Buffer(bytes(on_device), stream);
-  host_memory_ = Buffer(bytes(on_host));
+  host_memory_ = Buffer::page_locked(bytes(on_host), stream);
   place(on_device, device_memory_, stream.device());
   place(on_host, host_memory_, Device::kCpu);
 }
@@ -122,7 +123,11 @@ Transformer::Transformer(Stream& stream, Communicator& communicator, const Model
       config_(config),
       shard_(shard),
       weights_(weights),
-      scratch_(stream, config, shard, limits.max_step_tokens, limits.slots),
+      bounds_{.device = stream.device(),
+              .arithmetic = stream.arithmetic(),
+              .max_tokens = limits.max_step_tokens,
+              .max_sequences = limits.slots},
+      scratch_(stream, config, shard, bounds_),
       limits_(limits),
       inv_freq_memory_(config.head_dim / 2 * int64_t{sizeof(float)}, stream),
       inv_freq_(inv_freq_memory_.tensor(DType::kF32, {config.head_dim / 2})),
@@ -130,18 +135,22 @@ Transformer::Transformer(Stream& stream, Communicator& communicator, const Model
       ffn_column_ends_(shard.ffn_column_ends(stream.arithmetic())),
       vocab_ends_(shard.vocab_ends()),
       arrays_(stream, PlacedBatch::bytes(limits.max_step_tokens, limits.slots, limits.max_context)) {
+  for (int rank = 0; rank < shard.ranks(); ++rank) rank_ends_.push_back(shard.vocab_of(rank).end);
   std::vector<float> frequencies = rope_inverse_frequencies(config);
   copy(stream, Tensor(frequencies.data(), DType::kF32, inv_freq_.shape()), inv_freq_);
 }
 
 void Transformer::forward(const StepBatch& batch, const KvCache& cache) {
-  if (const RecordedStep* const step = recorded_for(batch)) {
-    place_decode(batch, step->sequences);
-    step->work.launch();
-  } else {
-    place(batch);
-    run_layers(cache);
-  }
+  place(batch);
+  run_layers(cache);
+}
+
+void Transformer::run_recorded(const StepBatch& batch) {
+  const RecordedStep* const step = recorded_for(batch);
+  OCTET_CHECK(step != nullptr, "no step was recorded for this batch");
+  place_decode(batch, step->sequences);
+  step->work.launch();
+  logits_ = step->logits;
 }
 
 const Transformer::RecordedStep* Transformer::recorded_for(const StepBatch& batch) const {
@@ -153,14 +162,20 @@ const Transformer::RecordedStep* Transformer::recorded_for(const StepBatch& batc
 }
 
 // Each is run once before it is recorded, all padding: what ops prepare for their first time is then there.
-void Transformer::record_decode(const KvCache& cache, const std::function<void(int64_t, int64_t)>& progress) {
-  decode_batch_.emplace(stream_, limits_.slots, limits_.max_context, cache.padding_block());
-  const std::vector<int64_t> buckets = decode_buckets(limits_.slots);
+void Transformer::record_decode(const KvCache& cache, const std::function<void(const Tensor&)>& then,
+                                const std::function<void(int64_t, int64_t)>& progress) {
+  const int64_t most = std::min<int64_t>(limits_.slots, logit_rows());
+  decode_batch_.emplace(stream_, most, limits_.max_context, cache.padding_block());
+  const std::vector<int64_t> buckets = decode_buckets(most);
   for (const int64_t sequences : buckets) {
+    const auto step = [&] {
+      run_layers(cache);
+      then(logits(0, sequences));
+    };
     place_decode({}, sequences);
-    run_layers(cache);
+    step();
     stream_.synchronize();
-    recorded_.push_back({sequences, Graph(stream_, [&] { run_layers(cache); })});
+    recorded_.push_back({sequences, logits_, Graph(stream_, step)});
     progress(static_cast<int64_t>(recorded_.size()), static_cast<int64_t>(buckets.size()));
   }
 }
@@ -301,14 +316,6 @@ NormedInput Transformer::attention_input(int64_t layer) {
   return normed_input(weights.input_layernorm, common_scheme({&weights.q_proj, &weights.k_proj, &weights.v_proj}));
 }
 
-Tensor Transformer::on_host(const Tensor& here) {
-  if (here.device() == Device::kCpu) return here;
-  if (mine_.bytes() < here.bytes()) mine_ = Buffer(here.bytes());
-  const Tensor there = mine_.tensor(here.dtype(), here.shape());
-  copy(stream_, here, there);
-  return there;
-}
-
 Activations Transformer::room_for(const Tensor& x, const ActivationScheme& scheme, int64_t groups) {
   if (scheme.kind == ActivationScheme::Kind::kNone) return {.values = x, .scales = {}};
   return {.values = front(scratch_.codes, x.shape()), .scales = front(scratch_.code_scales, {x.dim(0), groups})};
@@ -345,49 +352,59 @@ void Transformer::project_and_reduce(const Activations& x, const Linear& weight,
   input_ = next->out;
 }
 
-std::span<const LogitsRow> Transformer::logits(int64_t first, int64_t n) {
-  OCTET_CHECK(n <= kLogitRows, "logits() takes a few rows at a time");
+template <typename ValuesOfRank>
+Tensor Transformer::gathered(const Tensor& here, const Tensor& all, const ValuesOfRank& values_of_rank) {
+  if (shard_.ranks() == 1) return here.reshaped({here.elements()});
+  bytes_of_rank_.clear();
+  int64_t values = 0;
+  for (int rank = 0; rank < shard_.ranks(); ++rank) {
+    bytes_of_rank_.push_back(values_of_rank(rank) * int64_t{sizeof(float)});
+    values += values_of_rank(rank);
+  }
+  communicator_.gather(stream_, here, bytes_of_rank_, all.rows(0, values));
+  return all.rows(0, values);
+}
+
+Tensor Transformer::logits(int64_t first, int64_t n) {
+  OCTET_CHECK(n <= logit_rows(), "logits() takes a few rows at a time");
   enter(StepPart::kLogits);
-  const int64_t slices_here = shard_.run().count;
   const Tensor last = scratch_.last_rows.rows(0, n), normed = scratch_.last_normed.rows(0, n);
   const Tensor here = scratch_.logits_here.rows(0, n);
-  const Tensor parts = front(scratch_.parts_here, {n, slices_here, 2});
+  const Tensor parts = front(scratch_.parts_here, {n, shard_.run().count, 2});
 
   copy_rows(stream_, scratch_.residual.rows(0, tokens_), batch_.logit_rows.rows(first, first + n), last);
   rms_norm(stream_, last, weights_.norm, config_.rms_norm_eps, normed);
   project({.values = normed, .scales = {}}, {{{&weights_.lm_head, here}}});
   softmax_parts(stream_, here, vocab_ends_, parts);
 
-  bytes_of_rank_.resize(shard_.ranks());
-  for (int r = 0; r < shard_.ranks(); ++r) bytes_of_rank_[r] = n * shard_.vocab_of(r).size() * int64_t{sizeof(float)};
-  communicator_.all_gather(on_host(here).data(), bytes_of_rank_, scratch_.gathered_logits.data());
-  for (int r = 0; r < shard_.ranks(); ++r) bytes_of_rank_[r] = n * shard_.run_of(r).count * 2 * int64_t{sizeof(float)};
-  communicator_.all_gather(on_host(parts).data(), bytes_of_rank_, scratch_.gathered_parts.data());
-
-  // From rank by rank to row by row.
-  const float* from = scratch_.gathered_logits.as<float>();
-  for (int r = 0; r < shard_.ranks(); ++r) {
-    const Range vocab = shard_.vocab_of(r);
-    for (int64_t i = 0; i < n; ++i, from += vocab.size()) {
-      std::memcpy(scratch_.logits.rows(i, i + 1).as<float>() + vocab.begin, from, vocab.size() * sizeof(float));
-    }
-  }
-  rows_.clear();
-  for (int64_t i = 0; i < n; ++i) {
-    rows_.push_back({.logits = {scratch_.logits.rows(i, i + 1).as<float>(), static_cast<size_t>(config_.vocab_size)},
-                     .log_sum_exp = finish_log_sum_exp(i, n)});
-  }
-  return rows_;
+  const Tensor all =
+      gathered(here, scratch_.arrived_logits, [&](int rank) { return n * shard_.vocab_of(rank).size(); });
+  logits_ = shard_.ranks() == 1 ? here : scratch_.logits.rows(0, n);
+  if (shard_.ranks() > 1) join_columns(stream_, all, rank_ends_, logits_);
+  const Tensor all_parts =
+      gathered(parts, scratch_.arrived_parts, [&](int rank) { return n * shard_.run_of(rank).count * 2; });
+  queue_copy(stream_, all_parts, scratch_.parts_on_host.rows(0, all_parts.elements()));
+  return logits_;
 }
 
-// The parts of `row` among `rows`, finished over slices in tree order.
-float Transformer::finish_log_sum_exp(int64_t row, int64_t rows) const {
-  const float* parts = scratch_.gathered_parts.as<float>();
+LogitsRow Transformer::on_host(int64_t i, int64_t place) {
+  Tensor row = logits_.rows(i, i + 1);
+  if (row.device() != Device::kCpu) {
+    row = scratch_.logits_on_host.rows(place, place + 1);
+    copy(stream_, logits_.rows(i, i + 1), row);
+  }
+  return {.logits = {row.as<float>(), static_cast<size_t>(config_.vocab_size)}, .log_sum_exp = log_sum_exp(i)};
+}
+
+// Over slices in tree order.
+float Transformer::log_sum_exp(int64_t i) const {
+  const int64_t rows = logits_.dim(0);
+  const float* const parts = scratch_.parts_on_host.as<float>();
   auto leaf = [&](int slice) {
     int rank = 0;
     while (slice >= shard_.run_of(rank).first + shard_.run_of(rank).count) ++rank;
     const SliceRun run = shard_.run_of(rank);
-    const float* part = parts + 2 * (rows * run.first + row * run.count + (slice - run.first));
+    const float* part = parts + 2 * (rows * run.first + i * run.count + (slice - run.first));
     return SoftmaxPart{part[0], part[1]};
   };
   const SoftmaxPart whole = part_of(root_of(shard_.slices()), shard_.slices(), leaf);

@@ -2,6 +2,7 @@
 // embed, then per layer attention block and feed forward, then logits. Only the worker thread calls these.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -23,17 +24,30 @@
 
 namespace octet {
 
-// Rows of logits that are computed and gathered at a time, so that scratch does not grow with the number of sequences.
+// Rows of logits that the host looks at at a time.
 constexpr int64_t kLogitRows = 16;
 
-// One rank's scratch of a step, allocated once. Comments give shapes for T = max_tokens; a step uses the first rows.
+// What a rank's steps are at most, and where they run.
+struct StepBounds {
+  Device device = Device::kCpu;
+  Arithmetic arithmetic = Arithmetic::kReproducible;
+  int64_t max_tokens = 0;
+  int64_t max_sequences = 0;
+
+  // Rows of logits that are computed and gathered at a time, so that scratch does not grow with the number of
+  // sequences: on a GPU as many as a usual step has, for each time reads the whole matrix.
+  int64_t logit_rows() const {
+    return device == Device::kCpu ? kLogitRows : std::clamp<int64_t>(max_sequences, kLogitRows, 256);
+  }
+};
+
+// One rank's scratch of a step, allocated once. Comments give shapes for T = max_tokens, L = logit_rows(); a step uses
+// the first rows.
 struct StepScratch {
   // Bytes that the constructor allocates.
-  static int64_t bytes(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic, int64_t max_tokens,
-                       int64_t max_sequences);
-  // Where `stream`, which outlives it, computes; what the ranks gather is on the host.
-  StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, int64_t max_tokens,
-              int64_t max_sequences);
+  static int64_t bytes(const ModelConfig& config, const ShardSpec& shard, const StepBounds& bounds);
+  // Where `stream`, which outlives it, computes. REQUIRES: bounds are of that device.
+  StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, const StepBounds& bounds);
 
   Tensor residual;  // [T, hidden] BF16
   // [rows of the embedding, hidden] BF16, as they arrive from several ranks: one for each token from its owner, or, in
@@ -51,21 +65,23 @@ struct StepScratch {
   Tensor partials;     // [subtrees, T, hidden] F32
   Tensor codes;        // [T, widest input of a linear layer] F8_E4M3
   Tensor code_scales;  // [T, leaves here] F32
-  Tensor last_rows;    // [kLogitRows, hidden] BF16
-  Tensor last_normed;  // [kLogitRows, hidden] BF16
-  Tensor logits_here;  // [kLogitRows, vocabulary here] F32
-  Tensor parts_here;   // [kLogitRows, slices here, 2] F32
-  // On the host
-  Tensor gathered_logits;  // [kLogitRows * vocab_size] F32, rank by rank
-  Tensor gathered_parts;   // [kLogitRows * slices * 2] F32, rank by rank
-  Tensor logits;           // [kLogitRows, vocab_size] F32
+  Tensor last_rows;    // [L, hidden] BF16
+  Tensor last_normed;  // [L, hidden] BF16
+  Tensor logits_here;  // [L, vocabulary here] F32
+  Tensor parts_here;   // [L, slices here, 2] F32
+  // Of several ranks
+  Tensor arrived_logits;  // [L * vocab_size] F32, rank by rank
+  Tensor logits;          // [L, vocab_size] F32
+  Tensor arrived_parts;   // [L * slices * 2] F32, rank by rank
+  // On the host, page-locked
+  Tensor parts_on_host;   // the same
+  Tensor logits_on_host;  // [kLogitRows, vocab_size] F32; none where the rank computes there
 
  private:
   // Each member with its shape.
   using Layout = std::vector<std::pair<Tensor*, Tensor>>;
-  Layout device_layout(const ModelConfig& config, const ShardSpec& shard, Arithmetic arithmetic, int64_t max_tokens,
-                       int64_t max_sequences);
-  Layout host_layout(const ModelConfig& config, const ShardSpec& shard);
+  Layout device_layout(const ModelConfig& config, const ShardSpec& shard, const StepBounds& bounds);
+  Layout host_layout(const ModelConfig& config, const ShardSpec& shard, const StepBounds& bounds);
   static int64_t bytes(const Layout& layout);
   static void place(const Layout& layout, const Buffer& memory, Device device);
   StepScratch() = default;
@@ -84,19 +100,33 @@ class Transformer {
   Transformer(Stream& stream, Communicator& communicator, const ModelConfig& config, const ShardSpec& shard,
               const ModelWeights& weights, const WorkerLimits& limits);
 
-  // Runs the batch's tokens through all layers and writes their keys and values to the cache. Starts a recorded step
-  // where there is one that fits.
+  // Rows of logits at a time.
+  int64_t logit_rows() const { return bounds_.logit_rows(); }
+
+  // Runs the batch's tokens through all layers and writes their keys and values to the cache.
   // REQUIRES: ids inside the vocabulary; block tables cover every position up to each token's own.
   void forward(const StepBatch& batch, const KvCache& cache);
 
-  // Records steps of one token of each sequence, for every number of sequences in decode_buckets(); `progress` is told
-  // how many are done. Such steps then run as one launch, with the same bits. Collective. REQUIRES: the stream computes
-  // on a CUDA device and the communicator on_device().
-  void record_decode(const KvCache& cache, const std::function<void(int64_t done, int64_t total)>& progress);
+  // Queues the logits of logit_rows [first, first + n) of the batch last run, n <= logit_rows(): [n, vocab_size] F32 on
+  // the stream's device, valid until the next call. Collective.
+  Tensor logits(int64_t first, int64_t n);
+  // Of row i of the logits last queued, over the whole vocabulary; NaN when any logit is. REQUIRES: the stream was
+  // synchronised.
+  float log_sum_exp(int64_t i) const;
+  // That row where the host can read it: at one of kLogitRows places there, until the place gets another row.
+  // REQUIRES: likewise.
+  LogitsRow on_host(int64_t i, int64_t place);
 
-  // Logits of logit_rows [first, first + n) of the batch last run, n <= kLogitRows; valid until the next call.
-  // Collective.
-  std::span<const LogitsRow> logits(int64_t first, int64_t n);
+  // Records steps of one token of each sequence, up to their logits, for every number of sequences in
+  // decode_buckets(), and what `then` asks of the stream with these logits; `progress` is told how many are done.
+  // Such steps run as one launch, with the same bits. Collective. REQUIRES: the stream computes on a CUDA device and
+  // the communicator on_device().
+  void record_decode(const KvCache& cache, const std::function<void(const Tensor& logits)>& then,
+                     const std::function<void(int64_t done, int64_t total)>& progress);
+  // Whether there is a recorded step that the batch fits, and nobody asks for its parts.
+  bool has_recorded(const StepBatch& batch) const { return recorded_for(batch) != nullptr; }
+  // Runs it: forward(), logits() of all its rows, and what was recorded after them. REQUIRES: has_recorded(batch).
+  void run_recorded(const StepBatch& batch);
 
   // Tells `probe` of each part of what runs from now on, which recorded steps, being one piece, then do not; null:
   // nobody. It outlives this, or the next call.
@@ -109,6 +139,7 @@ class Transformer {
 
   struct RecordedStep {
     int64_t sequences;
+    Tensor logits;
     Graph work;
   };
 
@@ -136,12 +167,12 @@ class Transformer {
   // A row-parallel layer, summed over all ranks into the residual stream, and the norm after it, if one follows.
   void project_and_reduce(const Activations& x, const Linear& weight, std::span<const int64_t> column_ends,
                           const std::optional<NormedInput>& next);
-  // `here` where the host can read it, valid until the next call of this function.
-  Tensor on_host(const Tensor& here);
+  // A part of each rank to the whole, as long as values_of_rank(rank) says of each: in the order of ranks.
+  template <typename ValuesOfRank>
+  Tensor gathered(const Tensor& here, const Tensor& all, const ValuesOfRank& values_of_rank);
   // Room for x [tokens, n] quantised so, or x itself.
   Activations room_for(const Tensor& x, const ActivationScheme& scheme, int64_t groups);
   Activations quantized(const Tensor& x, const ActivationScheme& scheme, std::span<const int64_t> group_ends);
-  float finish_log_sum_exp(int64_t row, int64_t rows) const;
 
   Stream& stream_;
   Communicator& communicator_;
@@ -149,19 +180,20 @@ class Transformer {
   const ShardSpec& shard_;
   const ModelWeights& weights_;
   StepProbe* probe_ = nullptr;
+  const StepBounds bounds_;
   StepScratch scratch_;
   const WorkerLimits limits_;
-  Buffer mine_;  // what this rank gives to a gathering, on the host; only where it computes elsewhere
   Buffer inv_freq_memory_;
   Tensor inv_freq_;  // [head_dim / 2] F32
   std::vector<int64_t> query_column_ends_, ffn_column_ends_, vocab_ends_;
+  std::vector<int64_t> rank_ends_;  // columns of the vocabulary where ranks end
   StepArrays arrays_;
   std::optional<DecodeBatch> decode_batch_;  // of recorded steps
   std::vector<RecordedStep> recorded_;       // ascending
   PlacedBatch batch_;                        // the batch last run
   int64_t tokens_ = 0;                       // of it
   Activations input_;                        // of the block that comes next
-  std::vector<LogitsRow> rows_;
+  Tensor logits_;                            // last queued
   std::vector<int32_t> embedding_rows_, own_rows_;
   std::vector<int64_t> bytes_of_rank_, embedding_bytes_of_rank_;
 };
