@@ -28,6 +28,7 @@ constexpr ModuleTable kTable = {
     .launch_recorded = nullptr,
     .release_recorded = nullptr,
     .backend = nullptr,
+    .peer = nullptr,
 };
 
 }  // namespace

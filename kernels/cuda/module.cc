@@ -110,7 +110,8 @@ constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .end_recording = end_recording,
                                 .launch_recorded = launch_recorded,
                                 .release_recorded = release_recorded,
-                                .backend = &kBackend};
+                                .backend = &kBackend,
+                                .peer = &kPeerTable};
 
 }  // namespace
 }  // namespace octet::cuda

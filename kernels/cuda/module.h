@@ -6,11 +6,12 @@
 #include <cstdint>
 
 #include "kernels/backend.h"
+#include "kernels/cuda/peer.h"
 
 namespace octet::cuda {
 
 // Raised by every change to ModuleTable, to Backend, or to a type that either names.
-constexpr uint32_t kModuleAbi = 3;
+constexpr uint32_t kModuleAbi = 4;
 
 // An ordered queue of work on one device, and the memory its arguments travel through. The module's own.
 class Queue;
@@ -47,6 +48,7 @@ struct ModuleTable {
   void (*launch_recorded)(Queue* queue, RecordedWork* work);
   void (*release_recorded)(Queue* queue, RecordedWork* work);
   const Backend* backend;
+  const PeerTable* peer;
 };
 
 constexpr const char* kModuleSymbol = "octet_cuda_module";

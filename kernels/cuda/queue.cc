@@ -44,6 +44,7 @@ void Queue::forbid_while_recording(const char* what) const {
 void Queue::synchronize() {
   forbid_while_recording("the queue was to be waited for");
   check(cudaStreamSynchronize(stream_), "waiting for the queue");
+  if (after_wait_) after_wait_();
 }
 
 Queue::Uploads Queue::make_uploads(int64_t bytes) {

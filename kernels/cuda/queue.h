@@ -47,6 +47,8 @@ class Queue {
   Arithmetic arithmetic() const { return arithmetic_; }
   cudaStream_t stream() const { return stream_; }
   void synchronize();
+  // Called after every wait, to look at what the work may have left to tell. Null: nothing.
+  void after_wait(std::function<void()> look) { after_wait_ = std::move(look); }
 
   // The calling thread's device is this one from here on, and what was uploaded for ops before may go.
   void begin_op();
@@ -107,6 +109,7 @@ class Queue {
   void* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
   std::vector<void*> outgrown_scratch_;  // which recorded work still uses
+  std::function<void()> after_wait_;
 };
 
 // The stream's queue, at the begin of an op.

@@ -13,6 +13,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -26,6 +28,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local  // blocks of one thread run one after the other
 
@@ -61,6 +64,8 @@ void warp_barrier(unsigned lanes);
 void bring(unsigned lanes, std::span<const uint32_t> words);
 std::span<const uint32_t> brought_by(int lane);
 void end_exchange(unsigned lanes);
+// Lets the block's other threads and other host threads run.
+void yield();
 // The bits that lane `from` of the warp brought to the same shuffle.
 uint32_t shuffle(unsigned lanes, uint32_t bits, int from);
 // A warp's tensor core, as kernels/cuda/mma.cuh says.
@@ -76,6 +81,21 @@ inline constinit thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 // ---- Device functions
 
 inline void __syncthreads() { cuda_emulation::block_barrier(); }
+// Not 0 if no thread brought 0.
+inline int __syncthreads_and(int mine) {
+  static thread_local int all;  // of the block
+  all = 1;
+  cuda_emulation::block_barrier();
+  if (mine == 0) all = 0;
+  cuda_emulation::block_barrier();
+  const int result = all;
+  cuda_emulation::block_barrier();
+  return result;
+}
+// Who waits for another block must let it run.
+inline void __nanosleep(unsigned) { cuda_emulation::yield(); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __threadfence_system() { __threadfence(); }
 inline void __syncwarp(unsigned lanes = 0xFFFFFFFF) { cuda_emulation::warp_barrier(lanes); }
 
 // Lanes outside the segment of `width` keep their own value.
@@ -106,15 +126,29 @@ inline unsigned atomicMax(unsigned* at, unsigned value) {
   return before;
 }
 
+inline int atomicAdd(int* at, int value) {
+  const int before = *at;
+  *at += value;
+  return before;
+}
+
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
 
 // ---- Host functions: they do at once what a stream would do later, unless it records
 
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorMemoryAllocation,
+  cudaErrorStreamCaptureUnsupported,
+  cudaErrorInvalidResourceHandle,
+  cudaErrorPeerAccessAlreadyEnabled
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum { cudaStreamNonBlocking };
+enum { cudaHostAllocMapped };
+enum { cudaIpcMemLazyEnablePeerAccess };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 
 namespace cuda_emulation {
@@ -141,9 +175,22 @@ using cudaStream_t = cuda_emulation::Stream*;
 using cudaGraph_t = std::vector<cuda_emulation::Work>*;
 using cudaGraphExec_t = std::vector<cuda_emulation::Work>*;
 
+struct cudaUUID_t {
+  char bytes[16];
+};
+
 struct cudaDeviceProp {
   char name[256];
+  cudaUUID_t uuid;
   int major, minor;
+};
+
+struct cudaFuncAttributes {};
+
+// Between processes that were forked when the emulation was there already: they have its memory in common.
+struct cudaIpcMemHandle_t {
+  void* data;
+  char reserved[56];
 };
 
 struct cudaLaunchConfig_t {
@@ -162,7 +209,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorMemoryAllocation ? "out of memory" : "operation not permitted when stream is capturing";
+  switch (error) {
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    default:
+      return "invalid resource handle";
+  }
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
@@ -170,8 +224,8 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 8;
   return cudaSuccess;
 }
-inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {.name = "emulated", .major = 9, .minor = 0};
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  *properties = {.name = "emulated", .uuid = {{static_cast<char>(device + 1)}}, .major = 9, .minor = 0};
   return cudaSuccess;
 }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
@@ -249,4 +303,26 @@ inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   return cudaMemcpy2DAsync(to, bytes, from, bytes, bytes, 1, kind, stream);
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaHostAlloc(void** data, size_t bytes, int) { return cudaMallocHost(data, bytes); }
+inline cudaError_t cudaHostGetDevicePointer(void** seen, void* data, int) {
+  *seen = data;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
+  *can = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceEnablePeerAccess(int, int) { return cudaSuccess; }
+inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* data) {
+  *handle = {.data = data, .reserved = {}};
+  return cudaSuccess;
+}
+inline cudaError_t cudaIpcOpenMemHandle(void** data, cudaIpcMemHandle_t handle, int) {
+  *data = handle.data;
+  return handle.data != nullptr ? cudaSuccess : cudaErrorInvalidResourceHandle;
 }
