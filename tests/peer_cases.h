@@ -66,9 +66,10 @@ struct Normed {
   bool operator==(const Normed&) const = default;
 };
 
-enum Norming { kFused, kSeparate };
+enum Norming { kFused, kOwnOp, kSeparate };
 
-// Sums the case and normalises its rows: by reduce_and_norm(), or by the op of each of its parts.
+// Sums the case and normalises its rows: by reduce_and_norm(), by the op for norm and quantisation behind the sum, or
+// by the op of each part.
 inline Normed normed(DeviceCase& mine, const ActivationScheme& scheme, Norming norming, Communicator& communicator) {
   constexpr float kEps = 1e-5f;
   Stream& stream = mine.stream();
@@ -79,14 +80,16 @@ inline Normed normed(DeviceCase& mine, const ActivationScheme& scheme, Norming n
   const Activations out = quantised ? Activations{.values = codes.tensor(DType::kF8E4M3, shape),
                                                   .scales = scales.tensor(DType::kF32, {shape[0], 1})}
                                     : Activations{.values = rows_there, .scales = {}};
+  const NormedInput next = {.weight = mine.weight(), .eps = kEps, .scheme = scheme, .normed = rows_there, .out = out};
   mine.reset();
   if (norming == kFused) {
-    communicator.reduce_and_norm(
-        stream, mine.partials(), mine.residual(),
-        {.weight = mine.weight(), .eps = kEps, .scheme = scheme, .normed = rows_there, .out = out});
+    communicator.reduce_and_norm(stream, mine.partials(), mine.residual(), next);
   } else {
-    const int64_t whole_row[] = {shape[1]};
     communicator.reduce_over_slices(stream, mine.partials(), mine.residual());
+  }
+  if (norming == kOwnOp) rms_norm_and_quantize(stream, mine.residual(), next);
+  if (norming == kSeparate) {
+    const int64_t whole_row[] = {shape[1]};
     rms_norm(stream, mine.residual(), mine.weight(), kEps, rows_there);
     if (quantised) quantize(stream, rows_there, scheme, whole_row, out);
   }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/cuda/open_module.h"
+#include "kernels/graph.h"
 #include "tests/peer_cases.h"
 #include "tests/process.h"
 #include "worker/collective/peer_communicator.h"
@@ -62,14 +63,15 @@ enum class Gpus { kShared, kOwn };
 // Runs body(rank, stream, communicator) on a thread per rank; the ranks' statuses where they cannot be joined.
 template <typename Body>
 std::vector<absl::Status> on_peers(const std::vector<int>& slices_of_rank, PeerCommunicatorOptions options, Gpus gpus,
-                                   const Body& body, const cuda::ModuleTable& table = module()) {
+                                   const Body& body, const cuda::ModuleTable& table = module(),
+                                   Arithmetic arithmetic = Arithmetic::kReproducible) {
   options.map = one_node(slices_of_rank);
   auto hosts = make_thread_communicators(options.map);
   std::vector<absl::Status> statuses(hosts.size());
   std::vector<std::thread> threads;
   for (int rank = 0; rank < options.map.ranks(); ++rank) {
     threads.emplace_back([&, rank] {
-      Stream stream(table, gpus == Gpus::kOwn ? rank : 0, Arithmetic::kReproducible, kHost);
+      Stream stream(table, gpus == Gpus::kOwn ? rank : 0, arithmetic, kHost);
       if (options.inner_sums_on_device) hosts[rank] = std::make_unique<PretendedSums>(std::move(hosts[rank]));
       auto communicator = make_peer_communicator(stream, hosts[rank], options);
       statuses[rank] = communicator.status();
@@ -176,6 +178,72 @@ TEST(PeerCommunicator, NormsAndCodesInTheSameKernelHaveTheBitsOfTheSeparateOps) 
                });
       EXPECT_EQ(wrong, 0) << runs.size() << " ranks, [" << tokens << ", " << n << "]";
     }
+  }
+}
+
+TEST(PeerCommunicator, NormsInFastArithmeticHaveTheBitsOfTheirOwnOp) {
+  using Kind = ActivationScheme::Kind;
+  const std::vector<int> runs = {1, 1};
+  const RankMap map = one_node(runs);
+  for (const int64_t n : {4096, 1000, 10240, 996}) {
+    const SumCase c(2, 3, n, static_cast<uint32_t>(n));
+    std::atomic<int> wrong = 0;
+    on_peers(
+        runs, {.area_bytes = kArea}, Gpus::kShared,
+        [&](int rank, Stream& stream, Communicator& peers) {
+          DeviceCase mine(c, map.runs[rank], stream);
+          for (const ActivationScheme& scheme :
+               {ActivationScheme{}, ActivationScheme{.kind = Kind::kDynamicPerToken}}) {
+            if (normed(mine, scheme, kFused, peers) != normed(mine, scheme, kOwnOp, peers)) ++wrong;
+          }
+        },
+        module(), Arithmetic::kFast);
+    EXPECT_EQ(wrong, 0) << "rows of " << n;
+  }
+}
+
+TEST(PeerCommunicator, AReplayedGraphGoesOnCounting) {
+  const std::vector<int> runs = {2, 1};
+  const RankMap map = one_node(runs);
+  const SumCase c(3, 2, 512, 1);
+  std::atomic<int> wrong = 0;
+  on_peers(runs, {.area_bytes = kArea}, Gpus::kShared, [&](int rank, Stream& stream, Communicator& peers) {
+    EXPECT_TRUE(peers.on_device());
+    DeviceCase mine(c, map.runs[rank], stream);
+    const auto sum = [&] { peers.reduce_over_slices(stream, mine.partials(), mine.residual()); };
+    const Graph graph(stream, sum);
+    for (int round = 0; round < 5; ++round) {
+      mine.reset();
+      if (round % 2 == 0) {
+        graph.launch();
+      } else {
+        sum();
+      }
+      if (mine.result() != c.expected()) ++wrong;
+    }
+  });
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST(PeerCommunicator, GathersUnevenAndEmptyContributionsOfAnyLengthOnTheDevice) {
+  for (const std::vector<int64_t>& bytes :
+       {std::vector<int64_t>{16, 32, 48}, std::vector<int64_t>{1, 0, 33}, std::vector<int64_t>{0, 0, 0},
+        std::vector<int64_t>{40000, 16, 4096}, std::vector<int64_t>{5001, 9999, 0}}) {
+    const std::vector<uint8_t> expected = expected_gather(bytes);
+    std::atomic<int> wrong = 0;
+    on_peers({1, 1, 1}, {.area_bytes = kSmallArea}, Gpus::kShared, [&](int rank, Stream& stream, Communicator& peers) {
+      const int64_t all_bytes = std::ssize(expected);
+      std::vector<uint8_t> mine(bytes[rank]), all(all_bytes);
+      for (int64_t i = 0; i < bytes[rank]; ++i) mine[i] = gathered_byte(rank, i);
+      const Buffer mine_memory(bytes[rank] + 1, stream), all_memory(all_bytes + 1, stream);
+      const Tensor mine_there = mine_memory.tensor(DType::kU8, {bytes[rank]}),
+                   all_there = all_memory.tensor(DType::kU8, {all_bytes});
+      copy(stream, Tensor(mine.data(), DType::kU8, {bytes[rank]}), mine_there);
+      for (int round = 0; round < 3; ++round) peers.gather(stream, mine_there, bytes, all_there);
+      copy(stream, all_there, Tensor(all.data(), DType::kU8, {all_bytes}));
+      if (all != expected) ++wrong;
+    });
+    EXPECT_EQ(wrong, 0) << "first contribution " << bytes[0] << " bytes";
   }
 }
 

@@ -65,6 +65,8 @@ struct PeerTable {
   bool (*fuses)(const PeerWindow* window, int64_t tokens, int64_t n);
   // Queues it. Every rank calls it in the same order with the same sizes and shots.
   void (*reduce)(PeerWindow* window, const PeerReduction& reduction);
+  // Communicator::gather(): every rank's bytes, in rank order. All on the device; queued in the same order everywhere.
+  void (*gather)(PeerWindow* window, const Tensor& mine, std::span<const int64_t> bytes_of_rank, const Tensor& all);
   // Waits for this rank's work. Memory that other processes look into stays until this process ends: nobody knows when
   // they have done.
   void (*close)(PeerWindow* window);

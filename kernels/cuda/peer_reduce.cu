@@ -88,28 +88,43 @@ struct Norm {
   float* scales;
   int n;
   float eps;
+  bool fast_order;  // of the sum of squares
   bool dynamic;
   float upper_bound, static_scale;
 };
 
-struct Reduction {
+// What every kernel has that meets others.
+struct Meeting {
   int rank, ranks;
   Window* windows[kMaxPeers];
   int64_t area_bytes;
+  uint64_t deadline_ns;
+  PeerWait* told;  // memory of the host
+  int blocks;
+};
+
+struct Reduction : Meeting {
   int64_t results_at;  // bytes from an area's begin
   int capacity;        // elements that an area holds of each piece
   int own_pieces, pieces;
   Piece piece[kMaxPeerPieces];  // left to right in the tree
   Add adds[kMaxPeerPieces];     // after the last one piece 0 is the sum
-  uint64_t deadline_ns;
-  PeerWait* told;  // memory of the host
 
   const float* partials;  // [own_pieces, stride]
   int64_t stride;
   uint16_t* residual;
-  int elements, per_block, blocks;
+  int elements, per_block;
   bool two_shot;
   Norm norm;
+};
+
+// Bytes of every rank, in rank order. In words of `all`, of which a rank's part begins anywhere.
+struct Gathering : Meeting {
+  const void* mine;
+  void* all;
+  int64_t begin[kMaxPeers];
+  int count[kMaxPeers];
+  int per_block;
 };
 
 struct Range {
@@ -141,20 +156,20 @@ __device__ void store(void* begin, int64_t element, const Vector& vector) {
 __device__ int earlier(int a, int b) { return a < b ? a : b; }
 __device__ int later(int a, int b) { return a > b ? a : b; }
 
-__device__ char* area_of(const Reduction& a, int rank, uint32_t reduction) {
+__device__ char* area_of(const Meeting& a, int rank, uint32_t reduction) {
   return reinterpret_cast<char*>(a.windows[rank]) + kAreasAt + (reduction & 1) * a.area_bytes;
 }
 
 // ---- Meeting
 
-__device__ void tell(const Reduction& a, int peer, uint32_t reduction) {
+__device__ void tell(const Meeting& a, int peer, uint32_t reduction) {
   store_release(&a.windows[a.rank]->lost, 1);
   a.told->waited_for = peer;
   __threadfence_system();
   a.told->reduction = reduction;
 }
 
-__device__ bool wait_for(const Reduction& a, int peer, const uint32_t* signal, uint32_t reduction) {
+__device__ bool wait_for(const Meeting& a, int peer, const uint32_t* signal, uint32_t reduction) {
   uint64_t begin = 0;
   for (int looks = 1; static_cast<int32_t>(load_acquire(signal) - reduction) < 0; ++looks) {
     pause();
@@ -170,7 +185,7 @@ __device__ bool wait_for(const Reduction& a, int peer, const uint32_t* signal, u
 }
 
 // The blocks of this number have all come to `point`, and what they wrote before can be read. False: one did not come.
-__device__ bool meet(const Reduction& a, int point, uint32_t reduction, bool lost) {
+__device__ bool meet(const Meeting& a, int point, uint32_t reduction, bool lost) {
   __syncthreads();  // what the whole block wrote is before the signals of its first threads
   const int peer = static_cast<int>(threadIdx.x);
   bool met = !lost;
@@ -179,6 +194,13 @@ __device__ bool meet(const Reduction& a, int point, uint32_t reduction, bool los
     met = wait_for(a, peer, &a.windows[a.rank]->signals[point][blockIdx.x][peer], reduction);
   }
   return __syncthreads_and(met) != 0;
+}
+
+// Counts the reduction that is over. One thread of each block calls it, as the last thing.
+__device__ void enter_in_ledger(const Meeting& a, uint32_t reduction) {
+  for (int block = static_cast<int>(blockIdx.x); block < kMaxBlocks; block += a.blocks) {
+    a.windows[a.rank]->reductions[block] = reduction;  // which no other block of this kernel reads or writes
+  }
 }
 
 // ---- Sums
@@ -262,7 +284,42 @@ __device__ void fetch(const Reduction& a, const Range& run, uint32_t reduction) 
 
 // ---- What follows
 
-// RMSNorm of a row of the residual, and its codes, operation for operation those of rms_norm() and quantize().
+// The order of rms_norm() and the CPU: sixteen lanes. The result is thread 0's.
+__device__ float squares_in_lanes(const uint16_t* x, int n) {
+  if (threadIdx.x >= kLanes) return 0;
+  float squares = 0;
+#pragma unroll 16
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += kLanes) {
+    const float value = bf16_to_float(x[i]);
+    squares = __fmaf_rn(value, value, squares);
+  }
+  return sum_lanes(squares);
+}
+
+// The order of rms_norm_and_quantize() in fast arithmetic: 1024 threads that read eight elements at a time, twice as
+// many as there are here. The result is everybody's.
+__device__ float squares_in_fast_order(const uint16_t* x, int n) {
+  constexpr int kVector = 8, kTheirThreads = kWarp * kWarp;
+  __shared__ float of_warp[kWarp];
+  for (int thread = static_cast<int>(threadIdx.x); thread < kTheirThreads; thread += kThreads) {
+    float squares = 0;
+    for (int at = thread * kVector; at < n; at += kTheirThreads * kVector) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float value = bf16_to_float(x[at + i]);
+        squares = __fmaf_rn(value, value, squares);
+      }
+    }
+    for (int width = kWarp / 2; width >= 1; width /= 2) squares += __shfl_xor_sync(0xFFFFFFFF, squares, width);
+    if (thread % kWarp == 0) of_warp[thread / kWarp] = squares;
+  }
+  __syncthreads();
+  float sum = of_warp[threadIdx.x % kWarp];
+  for (int width = kWarp / 2; width >= 1; width /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, width);
+  return sum;
+}
+
+// RMSNorm of a row of the residual, and its codes, operation for operation those of the separate ops.
 template <int kWidth>
 __device__ void finish_row(const Reduction& a, int row) {
   alignas(16) __shared__ uint16_t x[kMaxRow];
@@ -276,16 +333,8 @@ __device__ void finish_row(const Reduction& a, int row) {
     store(x, i, load<Halves<kWidth>>(a.residual, first + i));
   }
   __syncthreads();
-  if (threadIdx.x < kLanes) {
-    float squares = 0;
-#pragma unroll 16
-    for (int i = threadIdx.x; i < norm.n; i += kLanes) {
-      const float value = bf16_to_float(x[i]);
-      squares = __fmaf_rn(value, value, squares);
-    }
-    const float mean = __fdiv_rn(sum_lanes(squares), static_cast<float>(norm.n));
-    if (threadIdx.x == 0) factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + norm.eps));
-  }
+  const float squares = norm.fast_order ? squares_in_fast_order(x, norm.n) : squares_in_lanes(x, norm.n);
+  if (threadIdx.x == 0) factor = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, static_cast<float>(norm.n)) + norm.eps));
   __syncthreads();
   unsigned most = 0;
 #pragma unroll 4
@@ -380,10 +429,28 @@ __global__ void __launch_bounds__(kThreads) peer_reduce_kernel(const __grid_cons
     sum<kWidth, kLeaves>(a, run, reduction, nullptr);
   }
   if constexpr (kNorm) finish_rows<kWidth>(a, run);
-  if (threadIdx.x != 0) return;
-  for (int block = static_cast<int>(blockIdx.x); block < kMaxBlocks; block += a.blocks) {
-    own.reductions[block] = reduction;  // which no other block of this kernel reads or writes
+  if (threadIdx.x == 0) enter_in_ledger(a, reduction);
+}
+
+// One-shot without the sum: counts as a reduction.
+template <typename Word>
+__global__ void __launch_bounds__(kThreads) peer_gather_kernel(const __grid_constant__ Gathering a) {
+  const Window& own = *a.windows[a.rank];
+  const uint32_t reduction = own.reductions[blockIdx.x] + 1;
+  const bool lost = own.lost != 0;
+  const int begin = static_cast<int>(blockIdx.x) * a.per_block, end = begin + a.per_block;
+  const auto* const mine = static_cast<const Word*>(a.mine);
+  auto* const shown = reinterpret_cast<Word*>(area_of(a, a.rank, reduction));
+  for (int i = begin + static_cast<int>(threadIdx.x); i < earlier(end, a.count[a.rank]); i += kThreads) {
+    shown[i] = mine[i];
   }
+  if (!meet(a, kPublished, reduction, lost)) return;
+  for (int rank = 0; rank < a.ranks; ++rank) {
+    const auto* const from = reinterpret_cast<const Word*>(area_of(a, rank, reduction));
+    auto* const to = static_cast<Word*>(a.all) + a.begin[rank];
+    for (int i = begin + static_cast<int>(threadIdx.x); i < earlier(end, a.count[rank]); i += kThreads) to[i] = from[i];
+  }
+  if (threadIdx.x == 0) enter_in_ledger(a, reduction);
 }
 
 using Kernel = void (*)(Reduction);
@@ -513,11 +580,13 @@ class PeerWindow {
   void limit_blocks(int blocks) { max_blocks_ = std::clamp(blocks, 1, kMaxBlocks); }
   bool fuses(int64_t tokens, int64_t n) const { return tokens <= max_blocks_ && n <= std::min(kMaxRow, capacity_); }
   void reduce(const PeerReduction& reduction);
+  void gather(const Tensor& mine, std::span<const int64_t> bytes_of_rank, const Tensor& all);
 
  private:
   const char* look_into_neighbour(int rank, const PeerCard& card);
   const char* look_into_process(int rank, const PeerCard& card);
   const char* because(const std::string& what, cudaError_t error);
+  void set_meeting(Meeting* a) const;
   Reduction prepared() const;
   void set_part(const PeerReduction& message, int64_t begin, int64_t count, Reduction* a) const;
 
@@ -563,7 +632,7 @@ bool takes_vectors(const PeerReduction& message) {
 }
 
 // For the rows from `row` on.
-Norm norm_of(const NormedInput& next, int64_t row, int64_t n) {
+Norm norm_of(const NormedInput& next, int64_t row, int64_t n, Arithmetic arithmetic) {
   const bool codes = quantises(next);
   return {.weight = next.weight.as<float>(),
           .normed = codes ? nullptr : next.normed.as<uint16_t>() + row * n,
@@ -571,6 +640,7 @@ Norm norm_of(const NormedInput& next, int64_t row, int64_t n) {
           .scales = codes ? next.out.scales.as<float>() + row : nullptr,
           .n = static_cast<int>(n),
           .eps = next.eps,
+          .fast_order = arithmetic == Arithmetic::kFast && n % 8 == 0,
           .dynamic = next.scheme.kind == ActivationScheme::Kind::kDynamicPerToken,
           .upper_bound = next.scheme.upper_bound,
           .static_scale = next.scheme.scale};
@@ -609,6 +679,9 @@ const char* look_into(PeerWindow* window, int rank, const PeerCard& card) { retu
 void limit_blocks(PeerWindow* window, int blocks) { window->limit_blocks(blocks); }
 bool fuses(const PeerWindow* window, int64_t tokens, int64_t n) { return window->fuses(tokens, n); }
 void reduce(PeerWindow* window, const PeerReduction& reduction) { window->reduce(reduction); }
+void gather(PeerWindow* window, const Tensor& mine, std::span<const int64_t> bytes_of_rank, const Tensor& all) {
+  window->gather(mine, bytes_of_rank, all);
+}
 void close_window(PeerWindow* window) { delete window; }
 
 }  // namespace
@@ -619,6 +692,7 @@ const PeerTable kPeerTable = {.open = open_window,
                               .limit_blocks = limit_blocks,
                               .fuses = fuses,
                               .reduce = reduce,
+                              .gather = gather,
                               .close = close_window};
 
 PeerWindow::PeerWindow(Queue* queue, const PeerOptions& options, Tree tree, std::shared_ptr<Memory> memory,
@@ -636,8 +710,10 @@ PeerWindow::PeerWindow(Queue* queue, const PeerOptions& options, Tree tree, std:
   void* seen = nullptr;
   check(cudaHostGetDevicePointer(&seen, told, 0), "mapping memory of the host");
   told_by_device_ = static_cast<PeerWait*>(seen);
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, peer_gather_kernel<Floats<4>>), "loading a kernel");
+  check(cudaFuncGetAttributes(&attributes, peer_gather_kernel<uint8_t>), "loading a kernel");
   for (const bool norm : {false, true}) {
-    cudaFuncAttributes attributes;
     for (const int leaves : {0, 2, 4, 8}) {
       check(cudaFuncGetAttributes(&attributes, kernel_for(true, leaves, norm)), "loading a kernel");
     }
@@ -709,13 +785,19 @@ const char* PeerWindow::look_into_process(int rank, const PeerCard& card) {
   return nullptr;
 }
 
+void PeerWindow::set_meeting(Meeting* a) const {
+  a->rank = options_.rank;
+  a->ranks = ranks_;
+  for (int rank = 0; rank < ranks_; ++rank) a->windows[rank] = static_cast<Window*>(windows_[rank]);
+  a->area_bytes = bytes_of_area(tree_, capacity_);
+  a->deadline_ns = static_cast<uint64_t>(options_.deadline_ms) * 1000000;
+  a->told = told_by_device_;
+}
+
 // All but the message.
 Reduction PeerWindow::prepared() const {
   Reduction a = {};
-  a.rank = options_.rank;
-  a.ranks = ranks_;
-  for (int rank = 0; rank < ranks_; ++rank) a.windows[rank] = static_cast<Window*>(windows_[rank]);
-  a.area_bytes = bytes_of_area(tree_, capacity_);
+  set_meeting(&a);
   a.results_at = int64_t{capacity_} * most_pieces(tree_) * int64_t{sizeof(float)};
   a.capacity = capacity_;
   a.pieces = static_cast<int>(tree_.owner.size());
@@ -728,8 +810,6 @@ Reduction PeerWindow::prepared() const {
                   .other_area = a.area_bytes / int64_t{sizeof(float)}};
   }
   a.own_pieces = of_rank[options_.rank];
-  a.deadline_ns = static_cast<uint64_t>(options_.deadline_ms) * 1000000;
-  a.told = told_by_device_;
   return a;
 }
 
@@ -763,8 +843,35 @@ void PeerWindow::reduce(const PeerReduction& message) {
   const Kernel kernel = kernel_for(takes_vectors(message), tree_.leaves, next != nullptr);
   for (int64_t begin = 0; begin < elements; begin += most) {
     set_part(message, begin, std::min(most, elements - begin), &a);
-    if (next != nullptr) a.norm = norm_of(*next, begin / n, n);
+    if (next != nullptr) a.norm = norm_of(*next, begin / n, n, queue_->arithmetic());
     queue_->launch(kernel, static_cast<unsigned>(a.blocks), kThreads, a);
+  }
+}
+
+// Parts of all ranks' contributions, each from the same byte on.
+void PeerWindow::gather(const Tensor& mine, std::span<const int64_t> bytes_of_rank, const Tensor& all) {
+  queue_->begin_op();
+  bool words = is_aligned(mine.data(), 16) && is_aligned(all.data(), 16);
+  for (const int64_t bytes : bytes_of_rank) words = words && bytes % 16 == 0;
+  const int64_t word = words ? 16 : 1;
+  Gathering a = {};
+  set_meeting(&a);
+  const int64_t longest = *std::max_element(bytes_of_rank.begin(), bytes_of_rank.end());
+  for (int64_t from = 0; from < longest; from += a.area_bytes) {
+    a.mine = static_cast<const char*>(mine.data()) + from;
+    a.all = all.data();
+    int64_t before = 0, most = 0;
+    for (int rank = 0; rank < ranks_; before += bytes_of_rank[rank++]) {
+      const int64_t count = std::clamp<int64_t>(bytes_of_rank[rank] - from, 0, a.area_bytes) / word;
+      a.begin[rank] = (before + from) / word;
+      a.count[rank] = static_cast<int>(count);
+      most = std::max(most, count);
+    }
+    const int64_t blocks = std::clamp<int64_t>(most / kThreads, 1, max_blocks_);
+    a.per_block = static_cast<int>((most + blocks - 1) / blocks);
+    a.blocks = static_cast<int>(blocks_for(most, a.per_block));
+    queue_->launch(words ? peer_gather_kernel<Floats<4>> : peer_gather_kernel<uint8_t>, static_cast<unsigned>(a.blocks),
+                   kThreads, a);
   }
 }
 

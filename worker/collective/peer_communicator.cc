@@ -25,7 +25,7 @@ constexpr int kSumsAtOnce = 8;   // in one repetition, as a step queues them
 
 // What every rank brings, in rank order.
 template <typename T>
-std::vector<T> gather(Communicator& communicator, const T& mine) {
+std::vector<T> shown_by_all(Communicator& communicator, const T& mine) {
   const std::vector<int64_t> bytes(communicator.size(), sizeof(T));
   std::vector<T> all(communicator.size());
   communicator.all_gather(&mine, bytes, all.data());
@@ -91,7 +91,7 @@ absl::StatusOr<std::unique_ptr<PeerCommunicator>> make_peer_communicator(Stream&
 
 absl::Status PeerCommunicator::join() {
   if (const absl::Status opened = agreed(open_window()); !opened.ok()) return opened;
-  const std::vector<cuda::PeerCard> cards = gather(*inner_, peer_.card(window_));
+  const std::vector<cuda::PeerCard> cards = shown_by_all(*inner_, peer_.card(window_));
   absl::Status looked;
   for (int other = 0; other < size() && looked.ok(); ++other) {
     if (other == rank()) continue;
@@ -130,7 +130,7 @@ absl::Status PeerCommunicator::agreed(const absl::Status& mine) {
   };
   Outcome outcome = {.code = mine.code(), .message = {}};
   mine.message().copy(outcome.message, sizeof(outcome.message) - 1);
-  for (const Outcome& of_rank : gather(*inner_, outcome)) {
+  for (const Outcome& of_rank : shown_by_all(*inner_, outcome)) {
     if (of_rank.code != absl::StatusCode::kOk) return absl::Status(of_rank.code, of_rank.message);
   }
   return absl::OkStatus();
@@ -185,7 +185,7 @@ std::vector<AllReduceTimes> PeerCommunicator::measure() {
 
 AllReduceTimes PeerCommunicator::slowest(const AllReduceTimes& mine) {
   AllReduceTimes slowest = mine;
-  for (const AllReduceTimes& of_rank : gather(*inner_, mine)) {
+  for (const AllReduceTimes& of_rank : shown_by_all(*inner_, mine)) {
     slowest.one_shot = std::max(slowest.one_shot, of_rank.one_shot);
     slowest.two_shot = std::max(slowest.two_shot, of_rank.two_shot);
     slowest.other = std::max(slowest.other, of_rank.other);
@@ -206,6 +206,12 @@ double PeerCommunicator::seconds_of(const std::function<void()>& sum) {
 
 cuda::Shots PeerCommunicator::shots_for(int64_t bytes) const {
   return bytes <= crossover_.one_shot_bytes ? cuda::Shots::kOne : cuda::Shots::kTwo;
+}
+
+void PeerCommunicator::gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank,
+                              const Tensor& all) {
+  OCTET_CHECK(&stream == &stream_, "a window belongs to one stream");
+  peer_.gather(window_, mine, bytes_of_rank, all);
 }
 
 void PeerCommunicator::reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) {

@@ -51,11 +51,14 @@ class PeerCommunicator final : public Communicator {
     inner_->all_gather(mine, bytes_of_rank, all);
   }
   void barrier() override { inner_->barrier(); }
-  // Both queue kernels and do not wait; between the first and the last of them nothing is allocated, so that a graph
-  // can hold them. `stream` is the one of the construction.
+  // These queue kernels, allocate nothing and do not wait, so that a graph can hold them. `stream` is the one of the
+  // construction.
+  void gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank, const Tensor& all) override;
   void reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) override;
   void reduce_and_norm(Stream& stream, const Tensor& partials, const Tensor& residual,
                        const NormedInput& next) override;
+  // Where the inner communicator has a part, if that is.
+  bool on_device() const override { return !options_.inner_sums_on_device || inner_->on_device(); }
 
   const Crossover& crossover() const { return crossover_; }
   // How messages go and why, for the log: a sentence, and the times where there are any. The same on every rank.
