@@ -27,7 +27,7 @@ struct PeerCard {
 // A wait that lasted longer than its deadline.
 struct PeerWait {
   int32_t waited_for;  // the rank that did not come
-  uint32_t reduction;  // which one of this window's, from 1
+  uint64_t reduction;  // which one of this window's, from 1
 };
 
 struct PeerOptions {

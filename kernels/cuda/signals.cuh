@@ -16,13 +16,13 @@ namespace octet::cuda {
 
 #if defined(__CUDACC__)
 
-__device__ inline void store_release(uint32_t* at, uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+__device__ inline void store_release(uint64_t* at, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
 
-__device__ inline uint32_t load_acquire(const uint32_t* at) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+__device__ inline uint64_t load_acquire(const uint64_t* at) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
   return value;
 }
 
@@ -41,11 +41,11 @@ __device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.
 
 #else
 
-inline void store_release(uint32_t* at, uint32_t value) {
+inline void store_release(uint64_t* at, uint64_t value) {
   std::atomic_ref(*at).store(value, std::memory_order_release);
 }
-inline uint32_t load_acquire(const uint32_t* at) {
-  return std::atomic_ref(*const_cast<uint32_t*>(at)).load(std::memory_order_acquire);
+inline uint64_t load_acquire(const uint64_t* at) {
+  return std::atomic_ref(*const_cast<uint64_t*>(at)).load(std::memory_order_acquire);
 }
 inline uint64_t clock_ns() {
   return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
