@@ -236,15 +236,37 @@ __device__ float squares_in_fast_order(const uint16_t* x, int n) {
   return sum;
 }
 
+// The codes of a normed row in shared memory. most: the greatest magnitude of this thread's elements, as bits, of which
+// a NaN's are the largest.
+template <int kWidth>
+__device__ void quantize_row(const Norm& norm, const uint16_t* x, int row, unsigned most) {
+  __shared__ unsigned largest;
+  if (threadIdx.x == 0) largest = 0;
+  __syncthreads();
+  for (int width = kWarp / 2; width >= 1; width /= 2) most = std::max(most, __shfl_xor_sync(0xFFFFFFFF, most, width));
+  if (threadIdx.x % kWarp == 0) atomicMax(&largest, most);
+  __syncthreads();
+  const float amax = std::bit_cast<float>(largest);
+  const float scale = norm.dynamic ? dynamic_scale(amax, norm.upper_bound) : norm.static_scale;
+  const float inverse = __fdiv_rn(1.0f, scale);
+#pragma unroll 4
+  for (int i = kWidth * threadIdx.x; i < norm.n; i += kWidth * kThreads) {
+    const auto values = load<Halves<kWidth>>(x, i);
+    Codes<kWidth> codes;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) codes.at[j] = float_to_e4m3(bf16_to_float(values.at[j]) * inverse);
+    store(norm.codes, int64_t{row} * norm.n + i, codes);
+  }
+  if (threadIdx.x == 0) norm.scales[row] = amax == amax ? scale : amax;
+}
+
 // RMSNorm of a row of the residual, and its codes, operation for operation those of the separate ops.
 template <int kWidth>
 __device__ void finish_row(const Reduction& a, int row) {
   alignas(16) __shared__ uint16_t x[kMaxRow];
   __shared__ float factor;
-  __shared__ unsigned largest;  // |x| as bits, of which a NaN's are the largest
   const Norm& norm = a.norm;
   const int64_t first = int64_t{row} * norm.n;
-  if (threadIdx.x == 0) largest = 0;
 #pragma unroll 4
   for (int i = kWidth * threadIdx.x; i < norm.n; i += kWidth * kThreads) {
     store(x, i, load<Halves<kWidth>>(a.residual, first + i));
@@ -253,6 +275,7 @@ __device__ void finish_row(const Reduction& a, int row) {
   const float squares = norm.fast_order ? squares_in_fast_order(x, norm.n) : squares_in_lanes(x, norm.n);
   if (threadIdx.x == 0) factor = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, static_cast<float>(norm.n)) + norm.eps));
   __syncthreads();
+  const bool quantises = norm.normed == nullptr;
   unsigned most = 0;
 #pragma unroll 4
   for (int i = kWidth * threadIdx.x; i < norm.n; i += kWidth * kThreads) {
@@ -263,35 +286,9 @@ __device__ void finish_row(const Reduction& a, int row) {
       values.at[j] = float_to_bf16(bf16_to_float(values.at[j]) * factor * weights.at[j]);
       most = std::max(most, static_cast<unsigned>(values.at[j] & 0x7FFF) << 16);
     }
-    if (norm.normed != nullptr) {
-      store(norm.normed, first + i, values);
-    } else {
-      store(x, i, values);
-    }
+    quantises ? store(x, i, values) : store(norm.normed, first + i, values);
   }
-  if (norm.normed == nullptr) {
-    for (int width = kWarp / 2; width >= 1; width /= 2) {
-      most = std::max(most, __shfl_xor_sync(0xFFFFFFFF, most, width));
-    }
-    if (threadIdx.x % kWarp == 0) atomicMax(&largest, most);
-    __syncthreads();
-    const float amax = std::bit_cast<float>(largest);
-    float scale = norm.static_scale;
-    if (norm.dynamic) {
-      scale = __fdiv_rn(amax > norm.upper_bound ? norm.upper_bound : amax, 448.0f);
-      if (scale < 1.0f / (448.0f * 512.0f)) scale = 1.0f / (448.0f * 512.0f);
-    }
-    const float inverse = __fdiv_rn(1.0f, scale);
-#pragma unroll 4
-    for (int i = kWidth * threadIdx.x; i < norm.n; i += kWidth * kThreads) {
-      const auto values = load<Halves<kWidth>>(x, i);
-      Codes<kWidth> codes;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) codes.at[j] = float_to_e4m3(bf16_to_float(values.at[j]) * inverse);
-      store(norm.codes, first + i, codes);
-    }
-    if (threadIdx.x == 0) norm.scales[row] = amax == amax ? scale : amax;
-  }
+  if (quantises) quantize_row<kWidth>(norm, x, row, most);
   __syncthreads();  // the next row may have the shared memory
 }
 
