@@ -36,6 +36,7 @@ constexpr ModuleTable kTable = {
     .read_seconds = nullptr,
     .sample = nullptr,
     .backend = nullptr,
+    .peer = nullptr,
 };
 
 }  // namespace

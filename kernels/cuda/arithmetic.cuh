@@ -59,4 +59,10 @@ __device__ inline float sum_lanes(float lane) {
   return lane;
 }
 
+// The scale of e4m3 codes, from the greatest magnitude among what they stand for: quantize()'s dynamic one.
+__device__ inline float dynamic_scale(float amax, float upper_bound) {
+  const float scale = __fdiv_rn(amax > upper_bound ? upper_bound : amax, 448.0f);
+  return scale < 1.0f / (448.0f * 512.0f) ? 1.0f / (448.0f * 512.0f) : scale;
+}
+
 }  // namespace octet::cuda

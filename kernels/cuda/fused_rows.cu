@@ -54,9 +54,7 @@ __device__ float magnitude(uint16_t bf16) { return bf16_to_float(bf16 & 0x7FFF);
 
 // As quantize() has it, from the greatest magnitude of the group.
 __device__ float scale_of(const Codes& to, float amax) {
-  if (!to.dynamic) return to.static_scale;
-  const float scale = __fdiv_rn(amax > to.upper_bound ? to.upper_bound : amax, 448.0f);
-  return scale < 1.0f / (448.0f * 512.0f) ? 1.0f / (448.0f * 512.0f) : scale;
+  return to.dynamic ? dynamic_scale(amax, to.upper_bound) : to.static_scale;
 }
 
 Codes codes_of(const ActivationScheme& scheme, const Activations& out) {

@@ -149,7 +149,8 @@ constexpr ModuleTable kTable = {.abi = kModuleAbi,
                                 .take_marks = take_marks,
                                 .read_seconds = read_seconds,
                                 .sample = sample,
-                                .backend = &kBackend};
+                                .backend = &kBackend,
+                                .peer = &kPeerTable};
 
 }  // namespace
 }  // namespace octet::cuda

@@ -6,12 +6,13 @@
 #include <cstdint>
 
 #include "kernels/backend.h"
+#include "kernels/cuda/peer.h"
 #include "kernels/cuda/sample.h"
 
 namespace octet::cuda {
 
 // Raised by every change to ModuleTable, to Backend, or to a type that either names.
-constexpr uint32_t kModuleAbi = 7;
+constexpr uint32_t kModuleAbi = 8;
 
 // An ordered queue of work on one device, and the memory its arguments travel through. The module's own.
 class Queue;
@@ -75,6 +76,7 @@ struct ModuleTable {
   // Chooses tokens from rows of logits on the device.
   void (*sample)(Queue* queue, const SampleArguments& arguments);
   const Backend* backend;
+  const PeerTable* peer;
 };
 
 constexpr const char* kModuleSymbol = "octet_cuda_module";

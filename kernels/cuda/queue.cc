@@ -66,7 +66,11 @@ void Queue::forbid_while_recording(const char* what) const {
 // a lost peer makes endless.
 void Queue::synchronize() {
   forbid_while_recording("the queue was to be waited for");
-  if (watch_ == nullptr) return check(cudaStreamSynchronize(stream_), "waiting for the queue");
+  watch_ == nullptr ? check(cudaStreamSynchronize(stream_), "waiting for the queue") : wait_watched();
+  if (after_wait_) after_wait_();
+}
+
+void Queue::wait_watched() {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point begin = Clock::now();
   Clock::time_point look = begin + kBetweenLooks;

@@ -35,6 +35,7 @@ class RecordedWork {
   cudaGraphExec_t graph() const { return graph_; }
 
  private:
+  void wait_watched();
   const cudaGraphExec_t graph_;
 };
 
@@ -59,6 +60,9 @@ class Queue {
     watch_ = watch;
     watch_context_ = context;
   }
+
+  // Called after every wait, to look at what the work may have left to tell. Null: nothing.
+  void after_wait(std::function<void()> look) { after_wait_ = std::move(look); }
 
   Marks& marks() { return marks_; }
 
@@ -164,6 +168,7 @@ class Queue {
   void* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
   std::vector<void*> outgrown_scratch_;  // which recorded work still uses
+  std::function<void()> after_wait_;
   uint64_t* mailboxes_ = nullptr;
   void* workspace_ = nullptr;
   std::unique_ptr<BlasLt> blas_lt_;  // computes in the workspace

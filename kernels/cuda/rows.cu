@@ -44,11 +44,7 @@ __global__ void quantize_kernel(Quantize a) {
   atomicMax(&largest, mine);
   __syncthreads();
   const float amax = std::bit_cast<float>(largest);
-  float scale = a.static_scale;
-  if (a.dynamic) {
-    scale = __fdiv_rn(amax > a.upper_bound ? a.upper_bound : amax, 448.0f);
-    if (scale < 1.0f / (448.0f * 512.0f)) scale = 1.0f / (448.0f * 512.0f);
-  }
+  const float scale = a.dynamic ? dynamic_scale(amax, a.upper_bound) : a.static_scale;
   const float factor = __fdiv_rn(1.0f, scale);
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
     a.codes[i] = float_to_e4m3(bf16_to_float(a.x[i]) * factor);

@@ -11,6 +11,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
+#include <thread>
 #include <vector>
 
 #include "kernels/fp8.h"
@@ -39,32 +41,33 @@ DeviceAccess::~DeviceAccess() = default;
 
 namespace {
 
+// Processes that are forked from one that has it have it in common, as processes have a device.
 class DeviceMemory {
  public:
   DeviceMemory()
-      : begin_(static_cast<char*>(
-            mmap(nullptr, kMemoryBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) {}
+      : begin_(map(kMemoryBytes, PROT_NONE)), used_(*new (map(kPage, PROT_READ | PROT_WRITE)) std::atomic<size_t>(0)) {}
 
   void* allocate(size_t bytes) {
     const std::lock_guard lock(mutex_);
     const size_t pages = (bytes + kPage - 1) / kPage * kPage;
     if (bytes > kMemoryBytes || used_ + pages > kMemoryBytes) return nullptr;
-    char* const data = begin_ + used_;
-    used_ += pages;
-    pages_of_[data] = pages;
+    char* const data = begin_ + used_.fetch_add(pages);
+    bytes_of_[data] = pages;
     mprotect(data, pages, PROT_READ | PROT_WRITE);
     std::memset(data, kGarbage, bytes);
     if (users_ == 0) mprotect(data, pages, PROT_NONE);
     return data;
   }
 
-  // The machine's memory goes back, the addresses do not.
+  // The address stays taken; the less lies behind the others, the faster they are opened and closed.
   void release(void* data) {
     const std::lock_guard lock(mutex_);
-    const auto found = pages_of_.find(data);
-    if (found == pages_of_.end()) return;  // null
-    madvise(data, found->second, MADV_DONTNEED);
-    pages_of_.erase(found);
+    const auto found = bytes_of_.find(data);
+    if (found == bytes_of_.end()) return;
+    mprotect(data, found->second, PROT_READ | PROT_WRITE);
+    madvise(data, found->second, MADV_REMOVE);
+    if (users_ == 0) mprotect(data, found->second, PROT_NONE);
+    bytes_of_.erase(found);
   }
 
   void open() {
@@ -78,24 +81,27 @@ class DeviceMemory {
 
  private:
   static constexpr size_t kPage = 4096;
+
+  static char* map(size_t bytes, int protection) {
+    return static_cast<char*>(mmap(nullptr, bytes, protection, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  }
+
   std::mutex mutex_;
   char* const begin_;
-  size_t used_ = 0;
+  std::atomic<size_t>& used_;         // by all processes
+  std::map<void*, size_t> bytes_of_;  // what this one has
   int users_ = 0;
-  std::map<void*, size_t> pages_of_;  // bytes, by allocation
 };
 
-DeviceMemory& device_memory() {
-  static DeviceMemory& memory = *new DeviceMemory;
-  return memory;
-}
+// There from the emulation's loading on, so that forks have it in common whenever they begin to use it.
+DeviceMemory& device_memory = *new DeviceMemory;
 
 }  // namespace
 
-void* allocate(size_t bytes) { return device_memory().allocate(bytes); }
-void release(void* data) { device_memory().release(data); }
-DeviceAccess::DeviceAccess() { device_memory().open(); }
-DeviceAccess::~DeviceAccess() { device_memory().close(); }
+void* allocate(size_t bytes) { return device_memory.allocate(bytes); }
+void release(void* data) { device_memory.release(data); }
+DeviceAccess::DeviceAccess() { device_memory.open(); }
+DeviceAccess::~DeviceAccess() { device_memory.close(); }
 
 #endif
 
@@ -354,6 +360,12 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel, size_t
 char* dynamic_shared() { return machine().shared(); }
 
 int lane() { return machine().lane(); }
+
+// What is waited for may be another process's to do: a sleep lets that run, a yield need not.
+void yield() {
+  machine().wait(State::kReady, 0);
+  std::this_thread::sleep_for(std::chrono::microseconds(10));
+}
 
 void block_barrier() { machine().wait(State::kAtBlockBarrier, 0); }
 void warp_barrier(unsigned lanes) { machine().wait(State::kAtWarpBarrier, lanes); }

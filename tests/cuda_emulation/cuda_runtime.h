@@ -33,7 +33,6 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __grid_constant__
 #define __shared__ static thread_local  // blocks of one thread run one after the other
 
 struct dim3 {
@@ -72,6 +71,8 @@ void warp_barrier(unsigned lanes);
 void bring(unsigned lanes, std::span<const uint32_t> words);
 std::span<const uint32_t> brought_by(int lane);
 void end_exchange(unsigned lanes);
+// Lets the block's other threads and other host threads run.
+void yield();
 // The bits that lane `from` of the warp brought to the same shuffle.
 uint32_t shuffle(unsigned lanes, uint32_t bits, int from);
 // Bit i: whether lane i said yes.
@@ -100,6 +101,21 @@ inline constinit thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 // ---- Device functions
 
 inline void __syncthreads() { cuda_emulation::block_barrier(); }
+// Not 0 if no thread brought 0.
+inline int __syncthreads_and(int mine) {
+  static thread_local int all;  // of the block
+  all = 1;
+  cuda_emulation::block_barrier();
+  if (mine == 0) all = 0;
+  cuda_emulation::block_barrier();
+  const int result = all;
+  cuda_emulation::block_barrier();
+  return result;
+}
+// Who waits for another block must let it run.
+inline void __nanosleep(unsigned) { cuda_emulation::yield(); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __threadfence_system() { __threadfence(); }
 inline void __syncwarp(unsigned lanes = 0xFFFFFFFF) { cuda_emulation::warp_barrier(lanes); }
 
 template <typename T>
@@ -162,6 +178,12 @@ inline unsigned atomicMax(unsigned* at, unsigned value) {
   return before;
 }
 
+inline int atomicAdd(int* at, int value) {
+  const int before = *at;
+  *at += value;
+  return before;
+}
+
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
@@ -173,10 +195,14 @@ enum cudaError_t {
   cudaErrorMemoryAllocation,
   cudaErrorInvalidValue,
   cudaErrorNotReady,
-  cudaErrorStreamCaptureUnsupported
+  cudaErrorStreamCaptureUnsupported,
+  cudaErrorInvalidResourceHandle,
+  cudaErrorPeerAccessAlreadyEnabled
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum { cudaStreamNonBlocking };
+enum { cudaHostAllocMapped };
+enum { cudaIpcMemLazyEnablePeerAccess };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 
 namespace cuda_emulation {
@@ -221,6 +247,14 @@ struct cudaLaunchAttribute {
   struct {
     int programmaticStreamSerializationAllowed;
   } val;
+};
+
+struct cudaFuncAttributes {};
+
+// Between processes that were forked when the emulation was there already: they have its memory in common.
+struct cudaIpcMemHandle_t {
+  void* data;
+  char reserved[56];
 };
 
 struct cudaLaunchConfig_t {
@@ -283,9 +317,18 @@ inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, c
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  if (error == cudaErrorNotReady) return "not ready";
-  if (error == cudaErrorMemoryAllocation) return "out of memory";
-  return error == cudaErrorInvalidValue ? "invalid argument" : "operation not permitted when stream is capturing";
+  switch (error) {
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorNotReady:
+      return "not ready";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    default:
+      return "invalid resource handle";
+  }
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
@@ -294,7 +337,7 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  *properties = {.name = "emulated", .uuid = {.bytes = {static_cast<char>(device)}}, .major = 9, .minor = 0};
+  *properties = {.name = "emulated", .uuid = {.bytes = {static_cast<char>(device + 1)}}, .major = 9, .minor = 0};
   return cudaSuccess;
 }
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
@@ -382,4 +425,26 @@ inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   return cudaMemcpy2DAsync(to, bytes, from, bytes, bytes, 1, kind, stream);
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaHostAlloc(void** data, size_t bytes, int) { return cudaMallocHost(data, bytes); }
+inline cudaError_t cudaHostGetDevicePointer(void** seen, void* data, int) {
+  *seen = data;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
+  *can = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceEnablePeerAccess(int, int) { return cudaSuccess; }
+inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* data) {
+  *handle = {.data = data, .reserved = {}};
+  return cudaSuccess;
+}
+inline cudaError_t cudaIpcOpenMemHandle(void** data, cudaIpcMemHandle_t handle, int) {
+  *data = handle.data;
+  return handle.data != nullptr ? cudaSuccess : cudaErrorInvalidResourceHandle;
 }
