@@ -62,7 +62,7 @@ TEST_P(CudaWorker, AnswersAsTheCpuDoesOnAnyNumberOfRanks) {
 
 // Other sums, so other bits, but the same model: the first token's distribution is near the reproducible one.
 TEST_P(CudaWorker, AnswersNearlyTheSameInFastArithmetic) {
-  const auto module = cuda::open_module(OCTET_EMULATED_CUDA);
+  const auto module = cuda::open_module(cuda_module_under_test());
   ASSERT_TRUE(module.ok()) << module.status();
   const std::string directory = write_random_model({.hidden_size = 48, .intermediate_size = 76});
   const auto checkpoint = Checkpoint::open(directory);

@@ -64,7 +64,13 @@ const cuda::ModuleTable* module_of_gpu() {
   return module.ok() ? *module : nullptr;
 }
 
-Comparison compare(const std::string& model, const json& golden) {
+// On a GPU also the arithmetic that it serves with by default.
+std::vector<Arithmetic> arithmetics() {
+  if (std::getenv("OCTET_CUDA_MODULE") == nullptr) return {Arithmetic::kReproducible};
+  return {Arithmetic::kReproducible, Arithmetic::kFast};
+}
+
+Comparison compare(const std::string& model, const json& golden, Arithmetic arithmetic) {
   const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::open(model);
   EXPECT_TRUE(checkpoint.ok()) << checkpoint.status();
   ThreadGroupOptions options;
@@ -72,7 +78,7 @@ Comparison compare(const std::string& model, const json& golden) {
   options.stream.spin = false;
   options.cuda = module_of_gpu();
   options.activations = golden["activations"] == "fp8" ? ActivationMode::kFP8 : ActivationMode::kBF16;
-  options.memory = {.kv_memory_bytes = 64 << 20};
+  options.memory = {.kv_memory_bytes = 64 << 20, .arithmetic = arithmetic};
   options.available_bytes = int64_t{2} << 30;
   auto group = ThreadWorkerGroup::start(*checkpoint, options);
   EXPECT_TRUE(group.ok()) << group.status();
@@ -113,15 +119,8 @@ void expect_within_bounds(const Comparison& comparison, const json& golden) {
   EXPECT_EQ(comparison.sure_and_different, 0);
 }
 
-class RandomCheckpoint : public testing::TestWithParam<std::string> {};
-
-TEST_P(RandomCheckpoint, IsAsNearFloat32AsTransformersInBfloat16) {
-  const json golden = read_golden("random_goldens/" + GetParam() + ".json");
-  const std::string model = golden_directory() + "/random/" + golden["model"].get<std::string>();
-  const Comparison comparison = compare(model, golden);
-  expect_within_bounds(comparison, golden);
-
-  // The sharper reference has our rounding points: nearer to it than half of what any known mistake would move us.
+// The sharper reference has our rounding points: nearer to it than half of what any known mistake would move us.
+void expect_near_same_rounding(const Comparison& comparison, const json& golden) {
   double nearest_mistake = golden["bounds"]["from_rounded"]["float32_reference"]["mean"];
   for (const auto& [name, bound] : golden["bounds"]["from_rounded"].items()) {
     if (name.starts_with("wrong")) nearest_mistake = std::min(nearest_mistake, bound["mean"].get<double>());
@@ -129,6 +128,18 @@ TEST_P(RandomCheckpoint, IsAsNearFloat32AsTransformersInBfloat16) {
   std::printf("%-34s       from the same rounding points: mean %.5f; the nearest known mistake is %.5f away\n", "",
               comparison.from_rounded.mean(), nearest_mistake);
   EXPECT_LE(comparison.from_rounded.mean(), nearest_mistake / 2);
+}
+
+class RandomCheckpoint : public testing::TestWithParam<std::string> {};
+
+TEST_P(RandomCheckpoint, IsAsNearFloat32AsTransformersInBfloat16) {
+  const json golden = read_golden("random_goldens/" + GetParam() + ".json");
+  const std::string model = golden_directory() + "/random/" + golden["model"].get<std::string>();
+  for (const Arithmetic arithmetic : arithmetics()) {
+    const Comparison comparison = compare(model, golden, arithmetic);
+    expect_within_bounds(comparison, golden);
+    if (arithmetic == Arithmetic::kReproducible) expect_near_same_rounding(comparison, golden);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Formats, RandomCheckpoint,
@@ -146,7 +157,7 @@ TEST_P(SmallCheckpoint, IsAsNearFloat32AsTransformersInBfloat16) {
   const char* const model = std::getenv("OCTET_SMALL_CHECKPOINT");
   if (model == nullptr) GTEST_SKIP() << "SKIPPED: OCTET_SMALL_CHECKPOINT is not set, the model was not fetched";
   const json golden = read_golden("small/" + GetParam() + ".json");
-  expect_within_bounds(compare(model, golden), golden);
+  for (const Arithmetic arithmetic : arithmetics()) expect_within_bounds(compare(model, golden, arithmetic), golden);
 }
 
 INSTANTIATE_TEST_SUITE_P(Activations, SmallCheckpoint, testing::Values("small", "small_w8a8"),
@@ -163,7 +174,7 @@ TEST_P(SmolLM2, IsAsNearFloat32AsTransformersInBfloat16) {
   const std::string model = testing::TempDir() + "octet_golden_" + std::to_string(getpid()) + "_" + GetParam();
   const absl::Status status = convert({.source = gguf, .destination = model, .recipe = *fp8_recipe_named(recipe)});
   ASSERT_TRUE(status.ok()) << status;
-  expect_within_bounds(compare(model, golden), golden);
+  for (const Arithmetic arithmetic : arithmetics()) expect_within_bounds(compare(model, golden, arithmetic), golden);
   std::filesystem::remove_all(model);
 }
 
