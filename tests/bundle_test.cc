@@ -5,6 +5,8 @@
 
 #include <filesystem>
 #include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
 #include <regex>
 #include <string>
 #include <vector>
@@ -20,26 +22,34 @@ namespace {
 
 namespace fs = std::filesystem;
 using std::chrono::seconds;
+using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
+using testing::Pair;
 
 constexpr uintmax_t kMaxPackedBytes = 60'000'000;
 
 // Installed once, then moved: nothing may remember where that was.
+class Installation : public testing::Environment {
+ public:
+  static fs::path folder() { return testing::TempDir() + "octet_bundle_" + std::to_string(getpid()); }
+  static fs::path root() { return folder() / "moved"; }
+
+  void SetUp() override {
+    fs::remove_all(folder());
+    const Finished install =
+        run_command({"cmake", "--install", OCTET_BUILD_DIR, "--prefix", folder() / "before"}, {}, seconds(300));
+    ASSERT_EQ(install.status, 0) << install.err;
+    fs::rename(folder() / "before", root());
+  }
+  void TearDown() override { fs::remove_all(folder()); }
+};
+const testing::Environment* const kInstallation = testing::AddGlobalTestEnvironment(new Installation);
+
 class Bundle : public testing::Test {
  protected:
-  static void SetUpTestSuite() {
-    folder_ = testing::TempDir() + "octet_bundle_" + std::to_string(getpid());
-    fs::remove_all(folder_);
-    const Finished install =
-        run_command({"cmake", "--install", OCTET_BUILD_DIR, "--prefix", folder_ / "before"}, {}, seconds(300));
-    ASSERT_EQ(install.status, 0) << install.err;
-    fs::rename(folder_ / "before", root());
-  }
-  static void TearDownTestSuite() { fs::remove_all(folder_); }
-
-  static fs::path folder() { return folder_; }
-  static fs::path root() { return folder_ / "moved"; }
+  static fs::path folder() { return Installation::folder(); }
+  static fs::path root() { return Installation::root(); }
 
   // Every program and library of the bundle.
   static std::vector<fs::path> binaries() {
@@ -55,9 +65,6 @@ class Bundle : public testing::Test {
     }
     return found;
   }
-
- private:
-  static inline fs::path folder_;
 };
 
 // The values of one kind in what objdump -p says of a file.
@@ -175,6 +182,72 @@ TEST_F(Bundle, RunsRanksWhereThereIsNothingButGlibc) {
                              "mount --rbind $1 $0/bundle; shift; exec chroot $0 \"$@\"",
                              bare, folder()});
   expect_two_ranks_to_answer(folder(), "/bundle", enter);
+}
+
+// gpu_check, with a driver that is pretended and the emulation as the module. GTEST_FILTER makes its tests few.
+class GpuCheck : public Bundle {
+ protected:
+  GpuCheck() : tools_(folder() / "tools"), out_(folder() / "report") {
+    fs::create_directories(tools_);
+    fs::remove_all(out_);
+  }
+
+  // With nvidia-smi doing this.
+  Finished run(const std::string& nvidia_smi, const std::vector<std::string>& arguments) const {
+    std::ofstream(tools_ / "nvidia-smi") << "#!/bin/sh\n" << nvidia_smi << "\n";
+    fs::permissions(tools_ / "nvidia-smi", fs::perms::owner_all);
+    std::vector<std::string> argv = {root() / "launch/gpu_check", "--out", out_};
+    argv.insert(argv.end(), arguments.begin(), arguments.end());
+    return run_command(argv,
+                       {.environment = {{"PATH", absl::StrCat(tools_.string(), ":", std::getenv("PATH"))},
+                                        {"GTEST_FILTER", "CudaLinear.HasTheCpusBitsOverOddSizes"}}},
+                       seconds(300));
+  }
+  nlohmann::json report() const {
+    std::ifstream file(out_ / "report.json");
+    return nlohmann::json::parse(file);
+  }
+  // The result of each step that was run.
+  std::map<std::string, std::string> results() const {
+    std::map<std::string, std::string> result;
+    const nlohmann::json read = report();
+    for (const nlohmann::json& step : read["steps"]) result[step["step"]] = step["result"];
+    return result;
+  }
+
+  static constexpr const char* kPretendedGpu = "echo 'Pretended \"GPU\", 570.1, 81559 MiB, 9.0'";
+
+ private:
+  fs::path tools_, out_;
+};
+
+TEST_F(GpuCheck, SaysThatThereIsNoGpu) {
+  const Finished check = run("echo 'no devices were found'; exit 6", {});
+  EXPECT_EQ(check.status, 3) << check.err;
+  EXPECT_THAT(check.err, HasSubstr("there is no GPU here: nvidia-smi says: no devices were found"));
+}
+
+TEST_F(GpuCheck, RunsItsStepsAndReportsThem) {
+  const std::string model = write_random_model({.hidden_size = 48,
+                                                .intermediate_size = 76,
+                                                .num_hidden_layers = 1,
+                                                .num_attention_heads = 2,
+                                                .num_key_value_heads = 2});
+  const Finished check = run(kPretendedGpu, {"--module", OCTET_EMULATED_CUDA, "--model", model, "--ranks", "1,2",
+                                             "--steps", "environment,kernels,tests,ranks"});
+  EXPECT_EQ(check.status, 0) << check.err;
+  EXPECT_EQ(report()["device"], "Pretended \"GPU\"");
+  EXPECT_EQ(report()["driver"], "570.1");
+  EXPECT_THAT(results(), ElementsAre(Pair("environment", "passed"), Pair("kernels", "skipped"), Pair("ranks", "passed"),
+                                     Pair("tests", "passed")))
+      << check.err;
+  for (const nlohmann::json& figure : report()["figures"]) EXPECT_EQ(figure["measured"], "-") << figure;
+}
+
+TEST_F(GpuCheck, GoesOnAfterAStepThatFailed) {
+  const Finished check = run(kPretendedGpu, {"--module", "/nowhere.so", "--steps", "environment,kernels"});
+  EXPECT_EQ(check.status, 1) << check.err;
+  EXPECT_THAT(results(), ElementsAre(Pair("environment", "failed"), Pair("kernels", "failed")));
 }
 
 }  // namespace
