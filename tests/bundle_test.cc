@@ -1,4 +1,4 @@
-// cmake --install: one folder that runs wherever it is copied, with nothing but glibc beneath it.
+// cmake --install: one folder that runs wherever it is copied, with nothing but glibc and libstdc++ beneath it.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "tests/one_node_slurm.h"
 #include "tests/process.h"
 #include "tests/random_model.h"
 
@@ -58,10 +59,7 @@ class Bundle : public testing::Test {
       if (!entry.is_regular_file()) continue;
       char magic[4] = {};
       std::ifstream(entry.path(), std::ios::binary).read(magic, sizeof magic);
-      if (std::string_view(magic, sizeof magic) ==
-          "\x7f"
-          "ELF")
-        found.push_back(entry.path());
+      if (std::string_view(magic, sizeof magic) == "\177ELF") found.push_back(entry.path());
     }
     return found;
   }
@@ -77,8 +75,8 @@ std::vector<std::string> headers_of(const fs::path& file, const std::string& kin
   return values;
 }
 
-TEST_F(Bundle, NeedsNoLibraryOutsideItselfButGlibcAndWhatBelongsToDevices) {
-  const std::regex glibc("ld-linux.*|lib(c|m|dl|rt|pthread|resolv)\\.so.*");
+TEST_F(Bundle, NeedsNoLibraryOutsideItselfButTheSystemsAndThoseOfDevices) {
+  const std::regex of_the_system("ld-linux.*|lib(c|m|dl|rt|pthread|resolv|stdc\\+\\+|gcc_s)\\.so.*");
   const std::regex of_devices("lib(cuda|cublas|cublasLt|nccl|ibverbs|rdmacm|efa|fabric|psm|uc|infinipath|numa)[^/]*");
   const auto is_openers_own_affair = [](const fs::path& file) {  // a module is opened where its device is
     return file.filename() == "liboctet_cuda.so" || absl::StrContains(file.string(), "mca_");
@@ -86,7 +84,7 @@ TEST_F(Bundle, NeedsNoLibraryOutsideItselfButGlibcAndWhatBelongsToDevices) {
   std::vector<std::string> outside;
   for (const fs::path& file : binaries()) {
     for (const std::string& library : headers_of(file, "NEEDED")) {
-      if (std::regex_match(library, glibc) || fs::exists(root() / "lib" / library)) continue;
+      if (std::regex_match(library, of_the_system) || fs::exists(root() / "lib" / library)) continue;
       if (is_openers_own_affair(file) && std::regex_match(library, of_devices)) continue;
       outside.push_back(absl::StrCat(file.string(), " needs ", library));
     }
@@ -152,8 +150,8 @@ void expect_two_ranks_to_answer(const fs::path& folder, const fs::path& here, co
 
 TEST_F(Bundle, RunsRanksWithAnEmptyEnvironment) { expect_two_ranks_to_answer(folder(), folder(), {}); }
 
-// A root directory with a shell and glibc, as far from a build machine as a node may be.
-TEST_F(Bundle, RunsRanksWhereThereIsNothingButGlibc) {
+// A root directory with a shell, glibc and libstdc++, as far from a build machine as a node may be.
+TEST_F(Bundle, RunsRanksWhereThereIsNothingButGlibcAndLibstdcxx) {
   std::vector<std::string> unshare = {"unshare", "--mount"};
   if (run_command({"unshare", "--mount", "true"}).status != 0) unshare.push_back("--map-root-user");
   std::vector<std::string> probe = unshare;
@@ -182,6 +180,16 @@ TEST_F(Bundle, RunsRanksWhereThereIsNothingButGlibc) {
                              "mount --rbind $1 $0/bundle; shift; exec chroot $0 \"$@\"",
                              bare, folder()});
   expect_two_ranks_to_answer(folder(), "/bundle", enter);
+}
+
+// srun starts the ranks by itself: nobody sets up Open MPI's surroundings for them.
+TEST_F(Bundle, MeetsUnderSrun) {
+  if (const std::string missing = OneNodeSlurm::missing(); !missing.empty()) GTEST_SKIP() << "SKIPPED: " << missing;
+  const OneNodeSlurm slurm;
+  ASSERT_TRUE(slurm.ready());
+  const Finished doctor =
+      slurm.run({"srun", "--mpi=pmix", "--ntasks=2", "--overcommit", root() / "bin/octet", "doctor"});
+  EXPECT_THAT(doctor.out, HasSubstr("ranks 0-1")) << doctor.err;
 }
 
 // gpu_check, with a driver that is pretended and the emulation as the module. GTEST_FILTER makes its tests few.

@@ -9,9 +9,10 @@ endif()
 
 # What belongs to the machine: glibc goes with its kernel and name services, CUDA with its driver, and the libraries of
 # fast networks with their adapters (one of our own would also stand before the machine's in NCCL's search for it).
-# libstdc++ and libgcc_s travel: those of a machine with the same glibc may be older.
+# libstdc++ and libgcc_s stay behind as well: a machine whose glibc is new enough has them as new, and what its own plugins
+# want (NCCL's for its network, say) may be newer than ours.
 set(of_the_machine
-  "^ld-linux" "^lib(c|m|mvec|dl|rt|pthread|resolv|util|anl|nsl)\\.so"
+  "^ld-linux" "^lib(c|m|mvec|dl|rt|pthread|resolv|util|anl|nsl|stdc\\+\\+|gcc_s)\\.so"
   "^lib(cuda|cu[a-z]+|nccl|nv[a-z-]+)[A-Za-z]*\\.so"
   "^lib(ibverbs|rdmacm|efa|fabric|psm2|psm_infinipath|infinipath|uc[cmpst]|numa|nl-3|nl-route-3)\\.so")
 # Open MPI as Debian lays it out below its prefix, so that OPAL_PREFIX alone tells it where everything is.
