@@ -120,6 +120,23 @@ TEST_F(Bundle, StartsWithAnEmptyEnvironment) {
   EXPECT_THAT(version.out, HasSubstr("octet "));
 }
 
+// What gpu_check --build-kernels compiles there.
+TEST_F(Bundle, BringsEveryFileThatItsKernelsInclude) {
+  const std::regex include("#include \"([^\"]+)\"");
+  const fs::path sources = root() / "share/octet/kernels";
+  std::vector<std::string> missing;
+  for (const auto& entry : fs::recursive_directory_iterator(sources)) {
+    std::ifstream file(entry.path());
+    std::smatch match;
+    for (std::string line; std::getline(file, line);) {
+      if (std::regex_match(line, match, include) && !fs::exists(sources / match[1].str())) {
+        missing.push_back(absl::StrCat(entry.path().string(), " includes ", match[1].str()));
+      }
+    }
+  }
+  EXPECT_THAT(missing, IsEmpty());
+}
+
 // Answers two requests on two ranks, with commands before the bundle's mpirun; `here` is the bundle's parent as they
 // see it.
 void expect_two_ranks_to_answer(const fs::path& folder, const fs::path& here, const std::vector<std::string>& before) {

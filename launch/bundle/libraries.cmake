@@ -3,14 +3,14 @@
 # Expects source_dir, version, patchelf, mpirun and objdump.
 set(prefix $ENV{DESTDIR}${CMAKE_INSTALL_PREFIX})
 if(NOT patchelf)
-  message(FATAL_ERROR "patchelf was not found when this build was configured, and an installation needs it: install the "
-                      "Debian package patchelf and configure again")
+  message(FATAL_ERROR "patchelf was not found when this build was configured, and an installation needs it: install "
+                      "the Debian package patchelf and configure again")
 endif()
 
 # What belongs to the machine: glibc goes with its kernel and name services, CUDA with its driver, and the libraries of
 # fast networks with their adapters (one of our own would also stand before the machine's in NCCL's search for it).
-# libstdc++ and libgcc_s stay behind as well: a machine whose glibc is new enough has them as new, and what its own plugins
-# want (NCCL's for its network, say) may be newer than ours.
+# libstdc++ and libgcc_s stay behind as well: a machine whose glibc is new enough has them as new, and what its own
+# plugins want (NCCL's for its network, say) may be newer than ours.
 set(of_the_machine
   "^ld-linux" "^lib(c|m|mvec|dl|rt|pthread|resolv|util|anl|nsl|stdc\\+\\+|gcc_s)\\.so"
   "^lib(cuda|cu[a-z]+|nccl|nv[a-z-]+)[A-Za-z]*\\.so"

@@ -30,7 +30,8 @@ def cut_weights(source, destination, layers, vocabulary):
         header, begin = read_header(file)
         metadata = header.pop("__metadata__", None)
         cut, tensors, end = {}, [], 0
-        for name in sorted(filter(lambda name: stays(name, layers), header), key=lambda n: header[n]["data_offsets"][0]):
+        kept = [name for name in header if stays(name, layers)]
+        for name in sorted(kept, key=lambda name: header[name]["data_offsets"]):
             first, last = header[name]["data_offsets"]
             shape = list(header[name]["shape"])
             if name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -1,10 +1,10 @@
-"""The work of Octet's kernels through PyTorch, on the same card in the same run as launch/gpu_check: how fast memory can be
-read, FP8 matrices by one token (torch.compile, weights only) and by thousands (torch._scaled_mm, row-wise scales), and
-attention (scaled_dot_product_attention). Shapes: a rank of eight of Llama 3.1 405B.
+"""The work of Octet's kernels through PyTorch, on the same card in the same run as launch/gpu_check: reading of memory,
+FP8 matrices by one token (torch.compile, weights only) and by thousands (torch._scaled_mm, row-wise scales), attention
+(scaled_dot_product_attention). Shapes: a rank of eight of Llama 3.1 405B.
 
     python torch_compare.py [--json FILE] [--rounds 20]
 
-Prints medians, one line each, and writes them as one flat JSON object. What this PyTorch or this GPU cannot do is null."""
+Prints medians, one line each, and writes them as one flat JSON object; null is what this PyTorch or GPU cannot do."""
 
 import argparse
 import json
@@ -55,7 +55,7 @@ def read_bandwidth(timer):
 
 
 def matvec(timer, out_features, in_features):
-    """Bytes of FP8 weights per second, by one token in BF16. Rounds take turns over enough copies to find no cache warm."""
+    """Bytes of FP8 weights per second, by one token in BF16; over enough copies in turns to find no cache warm."""
     copies = max(2, COLD_BYTES // (out_features * in_features))
     weights = [random_e4m3(out_features, in_features) for _ in range(copies)]
     scale = torch.rand(out_features, device="cuda", dtype=torch.float32)
@@ -82,7 +82,8 @@ def scaled_mm(timer, out_features, in_features):
 def attention(timer, sequences, queries, context):
     """Seconds of one layer's attention of a rank."""
     query = torch.randn(sequences, HEADS, queries, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    keys, values = (torch.randn(sequences, KV_HEADS, context, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    keys = torch.randn(sequences, KV_HEADS, context, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    values = torch.randn_like(keys)
     work = lambda i: F.scaled_dot_product_attention(query, keys, values, is_causal=queries == context, enable_gqa=True)
     return timer.seconds(work)
 
@@ -94,7 +95,7 @@ def measured(name, work, results):
         print(f"{name}: {results[name]:g}", flush=True)
     except Exception as error:  # whatever PyTorch raises: it has no common type
         results[name] = None
-        print(f"{name}: not measured: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
+        print(f"{name}: not measured: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
     torch.cuda.empty_cache()
     return results[name]
 
@@ -112,7 +113,8 @@ def compare(rounds):
              lambda: of_read(cache / attention(timer, DECODE_SEQUENCES, 1, DECODE_CONTEXT)), results)
     # Causal: half of the scores.
     operations = 2 * 2 * HEADS * HEAD_DIM * PREFILL_TOKENS * PREFILL_TOKENS / 2
-    measured("sdpa_prefill_tflops", lambda: operations / attention(timer, 1, PREFILL_TOKENS, PREFILL_TOKENS) / 1e12, results)
+    measured("sdpa_prefill_tflops",
+             lambda: operations / attention(timer, 1, PREFILL_TOKENS, PREFILL_TOKENS) / 1e12, results)
     return results
 
 
