@@ -217,11 +217,17 @@ class GpuCheck : public Bundle {
     fs::remove_all(out_);
   }
 
-  // With nvidia-smi doing this.
-  Finished run(const std::string& nvidia_smi, const std::vector<std::string>& arguments) const {
-    std::ofstream(tools_ / "nvidia-smi") << "#!/bin/sh\n" << nvidia_smi << "\n";
-    fs::permissions(tools_ / "nvidia-smi", fs::perms::owner_all);
-    std::vector<std::string> argv = {root() / "launch/gpu_check", "--out", out_};
+  static void write_script(const fs::path& path, const std::string& text) {
+    fs::create_directories(path.parent_path());
+    std::ofstream(path) << "#!/bin/bash\n" << text << "\n";
+    fs::permissions(path, fs::perms::owner_all);
+  }
+
+  // With nvidia-smi doing this, from the installation or another folder like it.
+  Finished run(const std::string& nvidia_smi, const std::vector<std::string>& arguments,
+               const fs::path& from = root()) const {
+    write_script(tools_ / "nvidia-smi", nvidia_smi);
+    std::vector<std::string> argv = {from / "launch/gpu_check", "--out", out_};
     argv.insert(argv.end(), arguments.begin(), arguments.end());
     return run_command(argv,
                        {.environment = {{"PATH", absl::StrCat(tools_.string(), ":", std::getenv("PATH"))},
@@ -266,7 +272,36 @@ TEST_F(GpuCheck, RunsItsStepsAndReportsThem) {
   EXPECT_THAT(results(), ElementsAre(Pair("environment", "passed"), Pair("kernels", "skipped"), Pair("ranks", "passed"),
                                      Pair("tests", "passed")))
       << check.err;
-  for (const nlohmann::json& figure : report()["figures"]) EXPECT_EQ(figure["measured"], "-") << figure;
+  const nlohmann::json read = report();
+  for (const nlohmann::json& figure : read["figures"]) EXPECT_EQ(figure["measured"], "-") << figure;
+}
+
+// By an octet that only pretends to rehearse.
+TEST_F(GpuCheck, PutsWhatTheRehearsalMeasuredBesideTheGoals) {
+  const fs::path pretended = folder() / "pretended";
+  fs::create_directories(pretended / "launch");
+  fs::create_directories(pretended / "share/octet");
+  fs::copy_file(root() / "launch/gpu_check", pretended / "launch/gpu_check", fs::copy_options::overwrite_existing);
+  fs::copy_file(root() / "share/octet/bundle.json", pretended / "share/octet/bundle.json",
+                fs::copy_options::overwrite_existing);
+  write_script(pretended / "bin/octet", R"(
+[[ $* == *--json* ]] || exec echo --model-config
+while [[ $1 != --json ]]; do shift; done
+cat >"$2" <<'END'
+{"model": "m", "steps": [
+ {"kind": "decode", "sequences": 1, "new_tokens": 1, "seconds": 0.025, "least_seconds": 0.02, "fp8_flops": 1e9,
+  "share_of_read": 0.8, "parts": [{"part": "gate+up", "seconds": 0.01, "fp8_flops": 1e9, "share_of_read": 0.75}],
+  "predicted": {"ranks": 8, "seconds": 0.03}},
+ {"kind": "prefill", "sequences": 1, "new_tokens": 4096, "seconds": 1, "fp8_flops": 9e14, "share_of_read": 0.1,
+  "parts": [{"part": "norm", "seconds": 0.1, "fp8_flops": 0, "share_of_read": 0.2},
+            {"part": "gate+up", "seconds": 0.5, "fp8_flops": 4e14, "share_of_read": 0.1}]}]}
+END)");
+  const Finished check = run(kPretendedGpu, {"--steps", "rehearsal"}, pretended);
+  EXPECT_EQ(check.status, 0) << check.err;
+  std::vector<std::string> measured;
+  const nlohmann::json read = report();
+  for (const nlohmann::json& figure : read["figures"]) measured.push_back(figure["measured"]);
+  EXPECT_THAT(measured, ElementsAre("25 ms", "25 ms", "25 ms", "75 % of read bandwidth", "800 TFLOP/s", "-"));
 }
 
 TEST_F(GpuCheck, GoesOnAfterAStepThatFailed) {
