@@ -79,7 +79,7 @@ TEST_P(CudaWorker, AnswersNearlyTheSameInFastArithmetic) {
 }
 
 TEST_P(CudaWorker, RecordedStepsHaveTheBitsOfOthers) {
-  const auto module = cuda::open_module(OCTET_EMULATED_CUDA);
+  const auto module = cuda::open_module(cuda_module_under_test());
   ASSERT_TRUE(module.ok()) << module.status();
   const auto checkpoint = Checkpoint::open(write_random_model({.hidden_size = 48, .intermediate_size = 76}));
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
