@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <numeric>
 #include <set>
 #include <utility>
@@ -32,8 +34,22 @@ bool launched() {
   return false;
 }
 
+// An installation brings an Open MPI of its own, which has moved with it: a file names the variables and where they
+// point from the installation's root. bin/mpirun reads the same file; srun starts us without it.
+void use_installed_open_mpi() {
+  std::error_code error;
+  const auto root = std::filesystem::read_symlink("/proc/self/exe", error).parent_path().parent_path();
+  std::ifstream lines(root / "share/octet/environment");
+  for (std::string line; std::getline(lines, line);) {
+    const std::pair<std::string, std::string> entry = absl::StrSplit(line, absl::MaxSplits('=', 1));
+    setenv(entry.first.c_str(), (entry.second.empty() ? root : root / entry.second).c_str(), 1);
+  }
+}
+
 // What Open MPI should do differently, unless the user has said something.
 void set_open_mpi_defaults() {
+  // That a plugin for some fast network misses the libraries of that network is no news.
+  setenv("OMPI_MCA_mca_base_component_show_load_errors", "0", 0);
   // Containers forbid reading a peer's memory, and Open MPI says so again and again; what we send between ranks of one
   // machine is small.
   setenv("OMPI_MCA_btl_vader_single_copy_mechanism", "none", 0);
@@ -83,6 +99,7 @@ absl::StatusOr<std::unique_ptr<Bootstrap>> Bootstrap::start(const Options& optio
   if (!launched()) {
     if (absl::Status status = check_launch(1, environment); !status.ok()) return status;
   }
+  use_installed_open_mpi();
   set_open_mpi_defaults();
   int provided = 0;
   if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided) != MPI_SUCCESS) {

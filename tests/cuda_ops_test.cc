@@ -1,5 +1,5 @@
-// The CUDA module, emulated (see cuda_emulation/cuda_runtime.h), against the CPU back end bit for bit. The CPU's own
-// tests hold it against the reference.
+// The CUDA module against the CPU back end bit for bit: emulated (see cuda_emulation/cuda_runtime.h), or the one that
+// OCTET_CUDA_MODULE names, on a GPU. The CPU's own tests hold it against the reference.
 #include <gtest/gtest.h>
 
 #include <functional>
@@ -14,6 +14,7 @@
 #include "kernels/ops.h"
 #include "kernels/stopwatch.h"
 #include "tests/op_cases.h"
+#include "tests/surroundings.h"
 
 namespace octet {
 namespace {
@@ -23,7 +24,7 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 const cuda::ModuleTable& module() {
   static const cuda::ModuleTable* const kModule = [] {
-    const auto opened = cuda::open_module(OCTET_EMULATED_CUDA);
+    const auto opened = cuda::open_module(cuda_module_under_test());
     if (!opened.ok()) ADD_FAILURE() << opened.status();
     return *opened;
   }();

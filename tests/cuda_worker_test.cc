@@ -1,5 +1,5 @@
-// Whole steps of a model on the emulated CUDA module: the tokens and logprobs of the CPU back end, to the bit, on one
-// rank and on ranks that meet in the host's memory.
+// Whole steps of a model on the CUDA module, emulated or the one that OCTET_CUDA_MODULE names: the tokens and logprobs
+// of the CPU back end, to the bit, on one rank and on ranks that meet in the host's memory.
 #include <gtest/gtest.h>
 
 #include <memory>
@@ -10,6 +10,7 @@
 #include "kernels/cuda/open_module.h"
 #include "tests/plan_driver.h"
 #include "tests/random_model.h"
+#include "tests/surroundings.h"
 
 namespace octet {
 namespace {
@@ -47,7 +48,7 @@ std::vector<DrivenOutput> outputs_of(const Checkpoint& checkpoint, int ranks, Ac
 class CudaWorker : public testing::TestWithParam<ActivationMode> {};
 
 TEST_P(CudaWorker, AnswersAsTheCpuDoesOnAnyNumberOfRanks) {
-  const auto module = cuda::open_module(OCTET_EMULATED_CUDA);
+  const auto module = cuda::open_module(cuda_module_under_test());
   ASSERT_TRUE(module.ok()) << module.status();
   const std::string directory = write_random_model({.hidden_size = 48, .intermediate_size = 76});
   const auto checkpoint = Checkpoint::open(directory);
@@ -64,7 +65,7 @@ TEST_P(CudaWorker, AnswersAsTheCpuDoesOnAnyNumberOfRanks) {
 
 // Other sums, so other bits, but the same model: the first token's distribution is near the reproducible one.
 TEST_P(CudaWorker, AnswersNearlyTheSameInFastArithmetic) {
-  const auto module = cuda::open_module(OCTET_EMULATED_CUDA);
+  const auto module = cuda::open_module(cuda_module_under_test());
   ASSERT_TRUE(module.ok()) << module.status();
   const std::string directory = write_random_model({.hidden_size = 48, .intermediate_size = 76});
   const auto checkpoint = Checkpoint::open(directory);
@@ -81,7 +82,7 @@ TEST_P(CudaWorker, AnswersNearlyTheSameInFastArithmetic) {
 }
 
 TEST_P(CudaWorker, RecordedStepsHaveTheBitsOfOthers) {
-  const auto module = cuda::open_module(OCTET_EMULATED_CUDA);
+  const auto module = cuda::open_module(cuda_module_under_test());
   ASSERT_TRUE(module.ok()) << module.status();
   const auto checkpoint = Checkpoint::open(write_random_model({.hidden_size = 48, .intermediate_size = 76}));
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();

@@ -20,7 +20,7 @@ const Stream::CpuOptions kHost = {.threads = 1, .isa = best_isa(), .spin = false
 class DeviceSamplerTest : public testing::Test {
  protected:
   DeviceSamplerTest()
-      : module_(*cuda::open_module(OCTET_EMULATED_CUDA)),
+      : module_(*cuda::open_module(cuda_module_under_test())),
         device_(*module_, 0, Arithmetic::kReproducible, kHost),
         host_(kHost) {}
 

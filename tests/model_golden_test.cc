@@ -1,6 +1,7 @@
 // The engine against references that we did not write: log-probabilities as far from float32 as transformers' own
 // bfloat16 run or nearer, in every checkpoint format, and the same greedy tokens wherever the reference is sure of
-// them. What the goldens mean: golden/README.md.
+// them. What the goldens mean: golden/README.md. On the CPU, or where OCTET_CUDA_MODULE names the module for it on a
+// GPU.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -12,7 +13,9 @@
 #include <nlohmann/json.hpp>
 
 #include "coordinator/thread_worker_group.h"
+#include "kernels/cuda/open_module.h"
 #include "tests/plan_driver.h"
+#include "tests/surroundings.h"
 #include "worker/checkpoint/converter.h"
 
 namespace octet {
@@ -24,7 +27,7 @@ using nlohmann::json;
 constexpr double kAllowed = 1.5;
 
 json read_golden(const std::string& name) {
-  std::ifstream file(std::string(OCTET_GOLDEN_DIR) + "/" + name);
+  std::ifstream file(golden_directory() + "/" + name);
   EXPECT_TRUE(file) << name;
   return json::parse(file);
 }
@@ -52,14 +55,30 @@ double logprob_of(const SampledToken& token, int32_t id) {
   return found == token.top.end() ? std::nan("") : found->logprob;
 }
 
-Comparison compare(const std::string& model, const json& golden) {
+// Null without a GPU to be tested.
+const cuda::ModuleTable* module_of_gpu() {
+  const char* const path = std::getenv("OCTET_CUDA_MODULE");
+  if (path == nullptr) return nullptr;
+  const auto module = cuda::open_module(path);
+  EXPECT_TRUE(module.ok()) << module.status();
+  return module.ok() ? *module : nullptr;
+}
+
+// On a GPU also the arithmetic that it serves with by default.
+std::vector<Arithmetic> arithmetics() {
+  if (std::getenv("OCTET_CUDA_MODULE") == nullptr) return {Arithmetic::kReproducible};
+  return {Arithmetic::kReproducible, Arithmetic::kFast};
+}
+
+Comparison compare(const std::string& model, const json& golden, Arithmetic arithmetic) {
   const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::open(model);
   EXPECT_TRUE(checkpoint.ok()) << checkpoint.status();
   ThreadGroupOptions options;
   options.ranks = 2;
   options.stream.spin = false;
+  options.cuda = module_of_gpu();
   options.activations = golden["activations"] == "fp8" ? ActivationMode::kFP8 : ActivationMode::kBF16;
-  options.memory = {.kv_memory_bytes = 64 << 20};
+  options.memory = {.kv_memory_bytes = 64 << 20, .arithmetic = arithmetic};
   options.available_bytes = int64_t{2} << 30;
   auto group = ThreadWorkerGroup::start(*checkpoint, options);
   EXPECT_TRUE(group.ok()) << group.status();
@@ -100,15 +119,8 @@ void expect_within_bounds(const Comparison& comparison, const json& golden) {
   EXPECT_EQ(comparison.sure_and_different, 0);
 }
 
-class RandomCheckpoint : public testing::TestWithParam<std::string> {};
-
-TEST_P(RandomCheckpoint, IsAsNearFloat32AsTransformersInBfloat16) {
-  const json golden = read_golden("random_goldens/" + GetParam() + ".json");
-  const std::string model = std::string(OCTET_GOLDEN_DIR) + "/random/" + golden["model"].get<std::string>();
-  const Comparison comparison = compare(model, golden);
-  expect_within_bounds(comparison, golden);
-
-  // The sharper reference has our rounding points: nearer to it than half of what any known mistake would move us.
+// The sharper reference has our rounding points: nearer to it than half of what any known mistake would move us.
+void expect_near_same_rounding(const Comparison& comparison, const json& golden) {
   double nearest_mistake = golden["bounds"]["from_rounded"]["float32_reference"]["mean"];
   for (const auto& [name, bound] : golden["bounds"]["from_rounded"].items()) {
     if (name.starts_with("wrong")) nearest_mistake = std::min(nearest_mistake, bound["mean"].get<double>());
@@ -118,12 +130,37 @@ TEST_P(RandomCheckpoint, IsAsNearFloat32AsTransformersInBfloat16) {
   EXPECT_LE(comparison.from_rounded.mean(), nearest_mistake / 2);
 }
 
+class RandomCheckpoint : public testing::TestWithParam<std::string> {};
+
+TEST_P(RandomCheckpoint, IsAsNearFloat32AsTransformersInBfloat16) {
+  const json golden = read_golden("random_goldens/" + GetParam() + ".json");
+  const std::string model = golden_directory() + "/random/" + golden["model"].get<std::string>();
+  for (const Arithmetic arithmetic : arithmetics()) {
+    const Comparison comparison = compare(model, golden, arithmetic);
+    expect_within_bounds(comparison, golden);
+    if (arithmetic == Arithmetic::kReproducible) expect_near_same_rounding(comparison, golden);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Formats, RandomCheckpoint,
                          testing::Values("bf16", "f16_head_dim_absent", "f32_rope_parameters", "fbgemm_fp8",
                                          "fbgemm_fp8_w8a8", "compressed_tensors_dynamic",
                                          "compressed_tensors_dynamic_w8a8", "compressed_tensors_static",
                                          "compressed_tensors_static_w8a8", "compressed_tensors_weight_only",
                                          "modelopt_fp8", "modelopt_fp8_w8a8"),
+                         [](const auto& info) { return info.param; });
+
+// A few layers of SmolLM2, where its numbers travel to other machines.
+class SmallCheckpoint : public testing::TestWithParam<std::string> {};
+
+TEST_P(SmallCheckpoint, IsAsNearFloat32AsTransformersInBfloat16) {
+  const char* const model = std::getenv("OCTET_SMALL_CHECKPOINT");
+  if (model == nullptr) GTEST_SKIP() << "SKIPPED: OCTET_SMALL_CHECKPOINT is not set, the model was not fetched";
+  const json golden = read_golden("small/" + GetParam() + ".json");
+  for (const Arithmetic arithmetic : arithmetics()) expect_within_bounds(compare(model, golden, arithmetic), golden);
+}
+
+INSTANTIATE_TEST_SUITE_P(Activations, SmallCheckpoint, testing::Values("small", "small_w8a8"),
                          [](const auto& info) { return info.param; });
 
 // The goldens read the GGUF file by themselves; ours goes through our converter. Each must store the same weights.
@@ -137,7 +174,7 @@ TEST_P(SmolLM2, IsAsNearFloat32AsTransformersInBfloat16) {
   const std::string model = testing::TempDir() + "octet_golden_" + std::to_string(getpid()) + "_" + GetParam();
   const absl::Status status = convert({.source = gguf, .destination = model, .recipe = *fp8_recipe_named(recipe)});
   ASSERT_TRUE(status.ok()) << status;
-  expect_within_bounds(compare(model, golden), golden);
+  for (const Arithmetic arithmetic : arithmetics()) expect_within_bounds(compare(model, golden, arithmetic), golden);
   std::filesystem::remove_all(model);
 }
 

@@ -35,7 +35,6 @@ class RecordedWork {
   cudaGraphExec_t graph() const { return graph_; }
 
  private:
-  void wait_watched();
   const cudaGraphExec_t graph_;
 };
 
@@ -133,6 +132,8 @@ class Queue {
   }
 
  private:
+  void wait_watched();
+
   // The one switch of Launch::early: everything is as right without.
   static constexpr bool kEarlyLaunches = true;
 

@@ -41,7 +41,7 @@ def wrong_twins(model):
     return wrong
 
 
-def make_variant(directory, fp8_activations, out):
+def make_variant(directory, fp8_activations, out, prompts=None):
     variant = directory.name + ("_w8a8" if fp8_activations else "")
     print(f"{variant}:")
     model = reference.load(directory, fp8_activations)
@@ -54,7 +54,7 @@ def make_variant(directory, fp8_activations, out):
     wrong = wrong_twins(rounded)
     golden = Golden(directory.name, variant, "fp8" if fp8_activations else "bf16", "numpy float32",
                     ["transformers_bfloat16", "transformers_float32"], prompt_logprobs=False)
-    for prompt in random_prompts(model.config["vocab_size"]):
+    for prompt in prompts or random_prompts(model.config["vocab_size"]):
         continuation, rows = runs.greedy(float32, prompt["token_ids"], STEPS, model.log_probs)
         sequence = prompt["token_ids"] + continuation
         golden.add(prompt, continuation, rows, {"transformers_bfloat16": runs.log_probs(bfloat16, sequence),
