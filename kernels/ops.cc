@@ -85,8 +85,13 @@ int64_t kv_heads_of(Device device, const KvLayer& cache, int64_t head_dim) {
   check_rank("cache.values", cache.values, 4);
   const int64_t blocks = cache.values.dim(0);
   const int64_t kv_heads = cache.values.dim(1);
-  check_tensor(device, "cache.values", cache.values, DType::kBF16, {blocks, kv_heads, kKvBlockTokens, head_dim});
-  check_tensor(device, "cache.keys", cache.keys, DType::kBF16, {blocks, kv_heads, head_dim / 2, kKvBlockTokens, 2});
+  const DType dtype = cache.values.dtype();
+  OCTET_CHECK(dtype == DType::kBF16 || dtype == DType::kF8E4M3,
+              std::string("a cache is BF16 or F8_E4M3, not ") + name_of(dtype));
+  OCTET_CHECK(dtype == DType::kF8E4M3 || (cache.key_scale == 1.0f && cache.value_scale == 1.0f),
+              "a cache in BF16 has no scales");
+  check_tensor(device, "cache.values", cache.values, dtype, {blocks, kv_heads, kKvBlockTokens, head_dim});
+  check_tensor(device, "cache.keys", cache.keys, dtype, {blocks, kv_heads, head_dim / 2, kKvBlockTokens, 2});
   OCTET_CHECK(head_dim % 2 == 0 && head_dim <= 256, "head_dim " + std::to_string(head_dim) + " is odd or above 256");
   return kv_heads;
 }

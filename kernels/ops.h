@@ -128,9 +128,13 @@ constexpr int64_t kAttentionChunk = 256;  // positions whose softmax partials ar
 
 // One layer's cache on this rank. keys hold a block's positions side by side, two head elements each, so that a score
 // is the same dot as a linear layer's.
+//
+// In F8_E4M3 a code stands for code * scale: code = e4m3(clamp(x * (1 / scale))) of the key or value x that BF16 would
+// hold. Scores are then scaled by key_scale / sqrt(head_dim), one FP32 factor, and sums of values by value_scale.
 struct KvLayer {
-  Tensor keys;    // [blocks, kv_heads, head_dim / 2, kKvBlockTokens, 2] BF16
-  Tensor values;  // [blocks, kv_heads, kKvBlockTokens, head_dim] BF16
+  Tensor keys;                                 // [blocks, kv_heads, head_dim / 2, kKvBlockTokens, 2] BF16 or F8_E4M3
+  Tensor values;                               // [blocks, kv_heads, kKvBlockTokens, head_dim], the same dtype
+  float key_scale = 1.0f, value_scale = 1.0f;  // 1 in BF16
 };
 
 // Which tokens a step runs, as flat arrays of I32 on the stream's device that every layer reads. Tokens of one sequence
@@ -153,8 +157,8 @@ struct AttentionBatch {
 void rope_angles(Stream& stream, const Tensor& positions, const Tensor& inv_freq, const Tensor& cos_sin);
 
 // Rotates q and k (halves: element j pairs with j + head_dim / 2) in FP32, rounds q, k and v once to BF16, and writes k
-// and v to the cache at the tokens' positions. q [tokens, heads, head_dim] F32 to q_out, the same shape in BF16; k, v
-// [tokens, kv_heads, head_dim] F32.
+// and v to the cache, in its dtype, at the tokens' positions. q [tokens, heads, head_dim] F32 to q_out, the same shape
+// in BF16; k, v [tokens, kv_heads, head_dim] F32.
 void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
                     const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache);
 

@@ -45,14 +45,17 @@ struct Sequences {
 };
 
 // With a grid that does for contexts of up to `context` positions.
-Owned attend(const CacheCase& setup, int64_t context, const KvLayer& cache, const cuda::CacheScales& scales = {}) {
+Owned attend(const CacheCase& setup, int64_t context, const KvLayer& cache) {
   cuda::Queue queue(0, Arithmetic::kFast);
   DeviceMemory device(queue.stream());
   Owned out(setup.q);
   const Tensor there = device.put(out);
   const AttentionBatch batch = setup.batch();
   cuda::flash_attention(queue, device.put(setup.q),
-                        {.keys = device.put(cache.keys), .values = device.put(cache.values)}, scales,
+                        {.keys = device.put(cache.keys),
+                         .values = device.put(cache.values),
+                         .key_scale = cache.key_scale,
+                         .value_scale = cache.value_scale},
                         {.positions = device.put(batch.positions),
                          .sequence_of = device.put(batch.sequence_of),
                          .sequence_ends = device.put(batch.sequence_ends),
@@ -247,11 +250,11 @@ TEST(CudaFastAttention, ANanStaysWithItsToken) {
 
 // A cache of codes with what they stand for, which BF16 holds exactly for these scales.
 struct CodedCache {
-  CodedCache(const CacheCase& setup, const cuda::CacheScales& scales)
+  CodedCache(const CacheCase& setup, float key_scale, float value_scale)
       : keys(DType::kF8E4M3, setup.keys.tensor.shape()),
         values(DType::kF8E4M3, setup.values.tensor.shape()),
-        decoded_keys(coded(setup.keys, scales.key, keys)),
-        decoded_values(coded(setup.values, scales.value, values)) {}
+        decoded_keys(coded(setup.keys, key_scale, keys)),
+        decoded_values(coded(setup.values, value_scale, values)) {}
 
   static Owned coded(const Tensor& from, float scale, const Tensor& codes) {
     Owned decoded(DType::kBF16, from.shape());
@@ -268,7 +271,7 @@ struct CodedCache {
 
 TEST(CudaFastAttention, ReadsACacheOfCodesWithItsScales) {
   Random random(9);
-  const cuda::CacheScales scales = {.key = 0.375f, .value = 0.0625f};
+  const float key_scale = 0.375f, value_scale = 0.0625f;
   const struct {
     int64_t heads, kv_heads;
     Sequences sequences;
@@ -278,8 +281,8 @@ TEST(CudaFastAttention, ReadsACacheOfCodesWithItsScales) {
   for (const int64_t head_dim : {64, 128}) {
     for (const auto& c : cases) {
       const CacheCase setup(random, c.heads, c.kv_heads, head_dim, c.sequences.lengths, c.sequences.new_tokens);
-      const CodedCache cache(setup, scales);
-      const Owned actual = attend(setup, most(c.sequences.lengths), {cache.keys, cache.values}, scales);
+      const CodedCache cache(setup, key_scale, value_scale);
+      const Owned actual = attend(setup, most(c.sequences.lengths), {cache.keys, cache.values, key_scale, value_scale});
       expect_attention(to_string(c.heads, c.kv_heads, head_dim), actual, setup,
                        {cache.decoded_keys, cache.decoded_values}, most(c.sequences.lengths));
       if (HasFatalFailure()) return;

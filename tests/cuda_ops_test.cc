@@ -391,17 +391,21 @@ TEST(CudaSoftmaxParts, HaveTheCpusBits) {
   }
 }
 
-TEST(CudaRope, HasTheCpusBitsAndWritesOnlyItsPositions) {
+class CudaCache : public testing::TestWithParam<DType> {};
+INSTANTIATE_TEST_SUITE_P(BothTypes, CudaCache, testing::Values(DType::kBF16, DType::kF8E4M3),
+                         [](const auto& parameter) { return std::string(name_of(parameter.param)); });
+
+TEST_P(CudaCache, IsWrittenWithTheCpusBitsAtTheTokensPositionsOnly) {
   Random random(10);
   for (const int64_t head_dim : {2, 34, 64, 128}) {
-    const CacheCase setup(random, 4, 2, head_dim, {20, 37}, {3, 37});
+    const CacheCase setup(random, 4, 2, head_dim, {20, 37}, {3, 37}, GetParam());
     const int64_t tokens = static_cast<int64_t>(setup.positions.size());
     const Owned q = random.f32({tokens, 4, head_dim}), k = random.f32({tokens, 2, head_dim}),
                 v = random.f32({tokens, 2, head_dim}), inv_freq = random.f32({head_dim / 2});
     expect_same_on_both("rope", [&](Place& place) {
       const Tensor angles = place.zeros(DType::kF32, {tokens, head_dim / 2, 2});
       const Tensor q_out = place.zeros(DType::kBF16, {tokens, 4, head_dim});
-      const KvLayer cache = {.keys = place.put(setup.keys), .values = place.put(setup.values)};
+      const KvLayer cache = CacheCase::layer_of(place.put(setup.keys), place.put(setup.values));
       const AttentionBatch batch = place.put(setup.batch());
       rope_angles(place.stream, batch.positions, place.put(inv_freq), angles);
       rope_and_cache(place.stream, place.put(q), place.put(k), place.put(v), angles, batch, q_out, cache);
@@ -413,13 +417,13 @@ TEST(CudaRope, HasTheCpusBitsAndWritesOnlyItsPositions) {
 void expect_same_attention(const std::string& what, const CacheCase& setup) {
   expect_same_on_both(what, [&](Place& place) {
     const Tensor out = place.zeros(DType::kBF16, setup.q.tensor.shape());
-    const KvLayer cache = {.keys = place.put(setup.keys), .values = place.put(setup.values)};
+    const KvLayer cache = CacheCase::layer_of(place.put(setup.keys), place.put(setup.values));
     attention(place.stream, place.put(setup.q), cache, place.put(setup.batch()), out);
     return std::vector<Tensor>{out};
   });
 }
 
-TEST(CudaAttention, HasTheCpusBitsOverOddSizesAndMixedBatches) {
+TEST_P(CudaCache, IsAttendedToWithTheCpusBitsOverOddSizesAndMixedBatches) {
   Random random(11);
   const struct {
     int64_t heads, kv_heads, head_dim;
@@ -431,13 +435,13 @@ TEST(CudaAttention, HasTheCpusBitsOverOddSizesAndMixedBatches) {
                {17, 1, 128, {513}, {1}}};
   for (const auto& c : cases) {
     expect_same_attention(Shape({c.heads, c.kv_heads, c.head_dim}).to_string(),
-                          CacheCase(random, c.heads, c.kv_heads, c.head_dim, c.lengths, c.new_tokens));
+                          CacheCase(random, c.heads, c.kv_heads, c.head_dim, c.lengths, c.new_tokens, GetParam()));
   }
 }
 
-TEST(CudaAttention, ManyTokensWalkTheirChunksInOneBlockWithTheSameBits) {
+TEST_P(CudaCache, IsWalkedInOneBlockByManyTokensWithTheSameBits) {
   Random random(12);
-  expect_same_attention("prefill", CacheCase(random, 4, 2, 32, {600, 300}, {260, 3}));
+  expect_same_attention("prefill", CacheCase(random, 4, 2, 32, {600, 300}, {260, 3}, GetParam()));
 }
 
 TEST(CudaAttention, IsNearTheReproducibleResultInFastArithmeticAlsoWhenRecorded) {

@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/open_module.h"
 #include "tests/op_cases.h"
+#include "tests/surroundings.h"
 
 namespace octet {
 namespace {

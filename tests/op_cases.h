@@ -102,15 +102,16 @@ inline void expect_near(const Tensor& actual, const Tensor& expected, double rel
 // A cache of random blocks in random order, filled with NaN until positions are written.
 struct CacheCase {
   CacheCase(Random& random, int64_t heads, int64_t kv_heads, int64_t head_dim, std::vector<int64_t> lengths,
-            std::vector<int64_t> new_tokens)
+            std::vector<int64_t> new_tokens, DType dtype = DType::kBF16)
       : kv_heads(kv_heads),
         max_blocks((*std::ranges::max_element(lengths) + kKvBlockTokens - 1) / kKvBlockTokens + 1),
         blocks(max_blocks * static_cast<int64_t>(lengths.size()) + 3),
-        keys(DType::kBF16, {blocks, kv_heads, head_dim / 2, kKvBlockTokens, 2}),
-        values(DType::kBF16, {blocks, kv_heads, kKvBlockTokens, head_dim}),
+        keys(dtype, {blocks, kv_heads, head_dim / 2, kKvBlockTokens, 2}),
+        values(dtype, {blocks, kv_heads, kKvBlockTokens, head_dim}),
         q(DType::kBF16, {0, heads, head_dim}) {
-    for (int64_t i = 0; i < keys.tensor.elements(); ++i) keys.tensor.as<uint16_t>()[i] = 0x7FC0;
-    for (int64_t i = 0; i < values.tensor.elements(); ++i) values.tensor.as<uint16_t>()[i] = 0x7FC0;
+    for (const Owned* cached : {&keys, &values}) {
+      for (int64_t i = 0; i < cached->tensor.elements(); ++i) put(cached->tensor, i, std::nanf(""));
+    }
     for (int64_t b = 0; b < max_blocks * static_cast<int64_t>(lengths.size()); ++b)
       table.push_back(static_cast<int32_t>(b + 2));
     for (size_t i = table.size() - 1; i > 0; --i) std::swap(table[i], table[random.below(static_cast<int64_t>(i) + 1)]);
@@ -131,14 +132,26 @@ struct CacheCase {
     for (int64_t head = 0; head < kv_heads; ++head) {
       for (int64_t d = 0; d < head_dim; ++d) {
         const int64_t at = block * kv_heads + head;
-        keys.tensor.as<uint16_t>()[((at * head_dim / 2 + d / 2) * kKvBlockTokens + slot) * 2 + d % 2] =
-            float_to_bf16(random.normal());
-        values.tensor.as<uint16_t>()[(at * kKvBlockTokens + slot) * head_dim + d] = float_to_bf16(random.normal());
+        put(keys.tensor, ((at * head_dim / 2 + d / 2) * kKvBlockTokens + slot) * 2 + d % 2, random.normal());
+        put(values.tensor, (at * kKvBlockTokens + slot) * head_dim + d, random.normal());
       }
     }
   }
 
-  KvLayer cache() const { return {keys, values}; }
+  static void put(const Tensor& to, int64_t i, float value) {
+    if (to.dtype() == DType::kBF16) {
+      to.as<uint16_t>()[i] = float_to_bf16(value);
+    } else {
+      to.as<uint8_t>()[i] = float_to_e4m3(value);
+    }
+  }
+
+  KvLayer cache() const { return layer_of(keys, values); }
+  // Codes have scales that are no powers of two.
+  static KvLayer layer_of(const Tensor& keys, const Tensor& values) {
+    const bool codes = keys.dtype() == DType::kF8E4M3;
+    return {.keys = keys, .values = values, .key_scale = codes ? 0.7f : 1.0f, .value_scale = codes ? 1.3f : 1.0f};
+  }
   AttentionBatch batch() const { return batch_of(positions, sequence_of, ends); }
   // Other tokens over the same sequences.
   AttentionBatch batch_of(const std::vector<int32_t>& positions, const std::vector<int32_t>& sequence_of,

@@ -828,19 +828,21 @@ TEST(Attention, MatchesTheReferenceAndNeverSeesUnwrittenPositions) {
                {8, 1, 128, {40}, {40}}, {4, 2, 80, {257, 3}, {9, 3}},
                {16, 1, 34, {530}, {2}}, {2, 2, 256, {20}, {13}},
                {3, 3, 64, {1100}, {1}}, {13, 1, 18, {100}, {3}}};
-  for (const auto& c : cases) {
-    const CacheCase setup(random, c.heads, c.kv_heads, c.head_dim, c.lengths, c.new_tokens);
-    const Owned actual = same_everywhere("attention", [&](Stream& stream) {
-      Owned out(DType::kBF16, setup.q.tensor.shape());
-      attention(stream, setup.q, setup.cache(), setup.batch(), out);
-      return out;
-    });
-    for (int64_t i = 0; i < actual.tensor.elements(); ++i) ASSERT_FALSE(std::isnan(value_at(actual, i)));
-    Owned expected(DType::kBF16, setup.q.tensor.shape());
-    reference::attention(setup.q, setup.cache(), setup.batch(), expected);
-    // Values are averages of normal numbers: FP32 scores of head_dim terms are off by some 1e-5, probabilities too;
-    // then one rounding to BF16, perhaps across a tie.
-    expect_near(actual, expected, 2 * kBf16Ulp, 2e-4, "attention");
+  for (const DType dtype : {DType::kBF16, DType::kF8E4M3}) {
+    for (const auto& c : cases) {
+      const CacheCase setup(random, c.heads, c.kv_heads, c.head_dim, c.lengths, c.new_tokens, dtype);
+      const Owned actual = same_everywhere("attention", [&](Stream& stream) {
+        Owned out(DType::kBF16, setup.q.tensor.shape());
+        attention(stream, setup.q, setup.cache(), setup.batch(), out);
+        return out;
+      });
+      for (int64_t i = 0; i < actual.tensor.elements(); ++i) ASSERT_FALSE(std::isnan(value_at(actual, i)));
+      Owned expected(DType::kBF16, setup.q.tensor.shape());
+      reference::attention(setup.q, setup.cache(), setup.batch(), expected);
+      // Values are averages of normal numbers: FP32 scores of head_dim terms are off by some 1e-5, probabilities too;
+      // then one rounding to BF16, perhaps across a tie.
+      expect_near(actual, expected, 2 * kBf16Ulp, 2e-4, std::string("attention over ") + name_of(dtype));
+    }
   }
 }
 
@@ -879,10 +881,12 @@ TEST(Attention, ATokenNeverDependsOnItsChunkOrItsBatch) {
   }
 }
 
-TEST(RopeAndCache, MatchesTheReferenceAndWritesOnlyItsPositions) {
+class RopeAndCache : public testing::TestWithParam<DType> {};
+
+TEST_P(RopeAndCache, MatchesTheReferenceAndWritesOnlyItsPositions) {
   Random random(19);
   for (const int64_t head_dim : {2, 34, 64, 128}) {
-    const CacheCase setup(random, 4, 2, head_dim, {20, 37}, {3, 37});
+    const CacheCase setup(random, 4, 2, head_dim, {20, 37}, {3, 37}, GetParam());
     const int64_t tokens = static_cast<int64_t>(setup.positions.size());
     const Owned q = random.f32({tokens, 4, head_dim});
     const Owned k = random.f32({tokens, 2, head_dim});
@@ -895,7 +899,7 @@ TEST(RopeAndCache, MatchesTheReferenceAndWritesOnlyItsPositions) {
     std::vector<Owned> results;
     const auto run = [&](const auto& rotate) {
       Owned keys(setup.keys), values(setup.values), q_out(DType::kBF16, q.tensor.shape());
-      rotate(KvLayer{keys, values}, q_out.tensor);
+      rotate(CacheCase::layer_of(keys, values), q_out.tensor);
       std::vector<Owned> out;
       out.push_back(std::move(keys));
       out.push_back(std::move(values));
@@ -917,15 +921,19 @@ TEST(RopeAndCache, MatchesTheReferenceAndWritesOnlyItsPositions) {
         rope_and_cache(stream, q, k, v, my_angles, setup.batch(), q_out, cache);
       });
       for (int i = 0; i < 3; ++i) {
-        // Rotations are two FP32 products of numbers up to 5, then one rounding. Unwritten cache stays NaN on both
-        // sides.
-        expect_near(actual[i], expected[i], 2 * kBf16Ulp, 2e-6, to_string(machine));
+        // Rotations are two FP32 products of numbers up to 5, then one rounding, and one more to codes, perhaps across
+        // a tie: a step of e4m3, 2^-9 at least. Unwritten cache stays NaN on both sides.
+        const bool codes = actual[i].tensor.dtype() == DType::kF8E4M3;
+        expect_near(actual[i], expected[i], codes ? 0.125 : 2 * kBf16Ulp, codes ? 0.002 : 2e-6, to_string(machine));
         if (!first.empty()) expect_same_bits(actual[i], first[i], to_string(machine));
       }
       if (first.empty()) first = std::move(actual);
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(BothCaches, RopeAndCache, testing::Values(DType::kBF16, DType::kF8E4M3),
+                         [](const auto& parameter) { return std::string(name_of(parameter.param)); });
 
 TEST(RopeAngles, ReducesFarAnglesFully) {
   Stream stream({1, best_isa(), false});

@@ -4,14 +4,18 @@
 // A tile holds the query rows (token, head) that read the same KV head. Each chunk of positions gives every row a
 // partial (max, sum, accumulator); partials are merged left to right, at once where one worker has all chunks of a
 // tile, from scratch memory where several shared them. Either way the same numbers meet in the same order.
+//
+// A cache of e4m3 codes is decoded chunk by chunk to BF16, exactly: its scales are factors of scores and of sums.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "kernels/cpu/cpu_ops.h"
+#include "kernels/cpu/e4m3_bytes.h"
 #include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/thread_pool.h"
+#include "kernels/fp8.h"
 
 namespace octet::cpu {
 namespace {
@@ -42,13 +46,13 @@ class AttentionPass {
         max_blocks_(batch.max_blocks()),
         q_(q.as<uint16_t>()),
         out_(out.as<uint16_t>()),
-        keys_(cache.keys.as<uint16_t>()),
-        values_(cache.values.as<uint16_t>()),
+        cache_(cache),
+        codes_(cache.keys.dtype() == DType::kF8E4M3),
         heads_(q.dim(1)),
         kv_heads_(cache.values.dim(1)),
         head_dim_(q.dim(2)),
         heads_per_kv_(heads_ / kv_heads_),
-        scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim_)))) {}
+        scale_(static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim_))) * cache.key_scale) {}
 
   void run() {
     make_items();
@@ -133,8 +137,9 @@ class AttentionPass {
   struct Scratch {
     void* q;
     float* scores;
-    float* acc;    // of the chunk
-    float* total;  // merged so far
+    float* acc;               // of the chunk
+    float* total;             // merged so far
+    uint16_t *keys, *values;  // [256 * head_dim] each: a chunk of codes, decoded
   };
 
   Scratch scratch(int worker) {
@@ -142,9 +147,30 @@ class AttentionPass {
     const int64_t q = rows * head_dim_ * 4;
     const int64_t scores = rows * kAttentionChunk * 4;
     const int64_t acc = rows * head_dim_ * 4;
-    char* const memory = static_cast<char*>(stream_.pool().scratch(worker, q + scores + 2 * acc));
-    return {memory, reinterpret_cast<float*>(memory + q), reinterpret_cast<float*>(memory + q + scores),
-            reinterpret_cast<float*>(memory + q + scores + acc)};
+    const int64_t decoded = codes_ ? kAttentionChunk * head_dim_ * 2 : 0;
+    char* const memory = static_cast<char*>(stream_.pool().scratch(worker, q + scores + 2 * acc + 2 * decoded));
+    char* const chunk = memory + q + scores + 2 * acc;
+    return {memory,
+            reinterpret_cast<float*>(memory + q),
+            reinterpret_cast<float*>(memory + q + scores),
+            reinterpret_cast<float*>(memory + q + scores + acc),
+            reinterpret_cast<uint16_t*>(chunk),
+            reinterpret_cast<uint16_t*>(chunk + decoded)};
+  }
+
+  // Where a block's elements for one KV head begin: in the cache, or decoded to `room`.
+  const uint16_t* elements(const Tensor& cache, int64_t at, uint16_t* room) const {
+    if (!codes_) return cache.as<uint16_t>() + at;
+    const uint8_t* const codes = cache.as<uint8_t>() + at;
+    for (int64_t i = 0; i < kKvBlockTokens * head_dim_; ++i) room[i] = kBf16OfE4m3.v[codes[i]];
+    return room;
+  }
+
+  void finish(float sum, float* total, uint16_t* out) const {
+    if (codes_) {
+      for (int64_t d = 0; d < head_dim_; ++d) total[d] *= cache_.value_scale;
+    }
+    kernels_.finish_attention(sum, total, static_cast<int>(head_dim_), out);
   }
 
   void pack_queries(const Item& item, void* out) {
@@ -189,8 +215,7 @@ class AttentionPass {
     }
     if (item.partials >= 0) return;
     for (int row = 0; row < item.rows; ++row) {
-      kernels_.finish_attention(sum[row], memory.total + row * head_dim_, static_cast<int>(head_dim_),
-                                out_ + offset(item, row));
+      finish(sum[row], memory.total + row * head_dim_, out_ + offset(item, row));
     }
   }
 
@@ -203,8 +228,8 @@ class AttentionPass {
     const uint16_t* values[kBlocksOfChunk];
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = (table[b] * kv_heads_ + item.kv_head) * kKvBlockTokens * head_dim_;
-      keys[b] = keys_ + at;
-      values[b] = values_ + at;
+      keys[b] = elements(cache_.keys, at, memory.keys + b * kKvBlockTokens * head_dim_);
+      values[b] = elements(cache_.values, at, memory.values + b * kKvBlockTokens * head_dim_);
     }
     kernels_.attend_chunk({.q = memory.q,
                            .rows = item.rows,
@@ -230,7 +255,7 @@ class AttentionPass {
         const float* const next = partial(tile.partials + chunk * tile.rows + row);
         kernels_.merge_partials(&max, &sum, total, next[0], next[1], next + 2, static_cast<int>(head_dim_));
       }
-      kernels_.finish_attention(sum, total, static_cast<int>(head_dim_), out_ + offset(tile, row));
+      finish(sum, total, out_ + offset(tile, row));
     }
   }
 
@@ -243,8 +268,8 @@ class AttentionPass {
   const int64_t max_blocks_;
   const uint16_t* const q_;
   uint16_t* const out_;
-  const uint16_t* const keys_;
-  const uint16_t* const values_;
+  const KvLayer& cache_;
+  const bool codes_;
   const int64_t heads_;
   const int64_t kv_heads_;
   const int64_t head_dim_;
@@ -256,6 +281,22 @@ class AttentionPass {
   int64_t partials_ = 0;
   float* partial_memory_ = nullptr;
 };
+
+}  // namespace
+
+namespace {
+
+// Where a token's key or value of one head goes: `stride` elements apart, in pairs.
+void store(const Tensor& cache, int64_t at, int64_t stride, const uint16_t* bf16, int64_t n, float scale) {
+  if (cache.dtype() == DType::kBF16) {
+    uint16_t* const to = cache.as<uint16_t>() + at;
+    for (int64_t j = 0; j < n; j += 2) std::memcpy(to + j / 2 * stride, bf16 + j, 4);
+    return;
+  }
+  uint8_t* const to = cache.as<uint8_t>() + at;
+  const float factor = 1.0f / scale;
+  for (int64_t j = 0; j < n; ++j) to[j / 2 * stride + j % 2] = float_to_e4m3(bf16_to_float(bf16[j]) * factor);
+}
 
 }  // namespace
 
@@ -280,11 +321,11 @@ void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tens
     for (int64_t head = 0; head < kv_heads; ++head) {
       const int64_t at = (token * kv_heads + head) * head_dim;
       const int64_t cached = (block * kv_heads + head) * kKvBlockTokens * head_dim;
-      uint16_t rotated[256];
-      kernels.rope_head(k.as<float>() + at, angles, head_dim, rotated);
-      uint16_t* const keys = cache.keys.as<uint16_t>() + cached + slot * 2;
-      for (int j = 0; j < head_dim; j += 2) std::memcpy(keys + j * kKvBlockTokens, rotated + j, 4);
-      kernels.to_bf16(v.as<float>() + at, head_dim, cache.values.as<uint16_t>() + cached + slot * head_dim);
+      uint16_t key[256], value[256];
+      kernels.rope_head(k.as<float>() + at, angles, head_dim, key);
+      kernels.to_bf16(v.as<float>() + at, head_dim, value);
+      store(cache.keys, cached + slot * 2, 2 * kKvBlockTokens, key, head_dim, cache.key_scale);
+      store(cache.values, cached + slot * head_dim, 2, value, head_dim, cache.value_scale);
     }
   });
 }

@@ -28,15 +28,17 @@ static_assert(kChunk == kThreads, "a thread has one position of a chunk");
 constexpr int64_t kFewBlocks = 512;
 constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 
-// A step's batch and one layer's cache, as device code sees them.
+// A step's batch and one layer's cache of BF16 or e4m3, as device code sees them.
+template <typename Element>
 struct Cache {
-  uint16_t* keys;
-  uint16_t* values;
+  Element* keys;
+  Element* values;
   const int32_t* positions;
   const int32_t* sequence_of;
   const int32_t* block_tables;
   int64_t max_blocks;
   int kv_heads, head_dim;
+  float key_scale, value_scale;
 
   // Where the elements of (block of `position`, KV head) begin, in keys and values alike.
   __device__ int64_t block_at(int64_t token, int position, int kv_head) const {
@@ -45,16 +47,22 @@ struct Cache {
   }
 };
 
-Cache arguments(const KvLayer& cache, const AttentionBatch& batch) {
-  return {.keys = cache.keys.as<uint16_t>(),
-          .values = cache.values.as<uint16_t>(),
+template <typename Element>
+Cache<Element> arguments(const KvLayer& cache, const AttentionBatch& batch) {
+  return {.keys = cache.keys.as<Element>(),
+          .values = cache.values.as<Element>(),
           .positions = batch.positions.as<int32_t>(),
           .sequence_of = batch.sequence_of.as<int32_t>(),
           .block_tables = batch.block_tables.as<int32_t>(),
           .max_blocks = batch.max_blocks(),
           .kv_heads = static_cast<int>(cache.values.dim(1)),
-          .head_dim = static_cast<int>(cache.values.dim(3))};
+          .head_dim = static_cast<int>(cache.values.dim(3)),
+          .key_scale = cache.key_scale,
+          .value_scale = cache.value_scale};
 }
+
+__device__ void store(uint16_t* to, uint16_t bf16, float) { *to = bf16; }
+__device__ void store(uint8_t* to, uint16_t bf16, float factor) { *to = float_to_e4m3(bf16_to_float(bf16) * factor); }
 
 // ---- Rotation
 
@@ -79,19 +87,22 @@ __device__ Rotated rotate(const float* head, const float* cos_sin, int j, int ha
           float_to_bf16(__fmaf_rn(second, cosine, first * sine))};
 }
 
+template <typename Element>
 struct Rope {
   const float *q, *k, *v, *cos_sin;
   uint16_t* q_out;
-  Cache cache;
+  Cache<Element> cache;
   int heads;
 };
 
 // A block has a token.
-__global__ void rope_and_cache_kernel(Rope a) {
-  const Cache& cache = a.cache;
+template <typename Element>
+__global__ void rope_and_cache_kernel(Rope<Element> a) {
+  const Cache<Element>& cache = a.cache;
   const int64_t token = blockIdx.x;
   const int dim = cache.head_dim, half = dim / 2, position = cache.positions[token], slot = position % kBlock;
   const float* const angles = a.cos_sin + token * dim;
+  const float key_factor = __fdiv_rn(1.0f, cache.key_scale), value_factor = __fdiv_rn(1.0f, cache.value_scale);
   for (int i = threadIdx.x; i < a.heads * half; i += blockDim.x) {
     const int64_t at = (token * a.heads + i / half) * dim;
     const int j = i % half;
@@ -102,15 +113,15 @@ __global__ void rope_and_cache_kernel(Rope a) {
   for (int i = threadIdx.x; i < cache.kv_heads * half; i += blockDim.x) {
     const int head = i / half, j = i % half, k = half + j;
     const float* const from = a.k + (token * cache.kv_heads + head) * dim;
-    uint16_t* const to = cache.keys + cache.block_at(token, position, head) + slot * 2;
+    Element* const to = cache.keys + cache.block_at(token, position, head) + slot * 2;
     const Rotated rotated = rotate(from, angles, j, half);
-    to[j / 2 * kBlock * 2 + j % 2] = rotated.first;
-    to[k / 2 * kBlock * 2 + k % 2] = rotated.second;
+    store(to + j / 2 * kBlock * 2 + j % 2, rotated.first, key_factor);
+    store(to + k / 2 * kBlock * 2 + k % 2, rotated.second, key_factor);
   }
   for (int i = threadIdx.x; i < cache.kv_heads * dim; i += blockDim.x) {
     const int head = i / dim, d = i % dim;
-    cache.values[cache.block_at(token, position, head) + slot * dim + d] =
-        float_to_bf16(a.v[(token * cache.kv_heads + head) * dim + d]);
+    store(cache.values + cache.block_at(token, position, head) + slot * dim + d,
+          float_to_bf16(a.v[(token * cache.kv_heads + head) * dim + d]), value_factor);
   }
 }
 
@@ -138,10 +149,11 @@ __device__ float merge(float ours, float theirs, const Factors& factors) {
 
 // ---- Attention
 
+template <typename Element>
 struct Attend {
   const uint16_t* q;
   uint16_t* out;
-  Cache cache;
+  Cache<Element> cache;
   int heads, row_tiles;
   float scale;
   float* partials;  // [tokens, heads, chunks, 2 + head_dim]: max, sum, accumulator; null where a block has all chunks
@@ -158,7 +170,8 @@ struct Rows {
   int kv_head, first_head, count, position;
 };
 
-__device__ Rows rows_of_block(const Attend& a) {
+template <typename Element>
+__device__ Rows rows_of_block(const Attend<Element>& a) {
   const int heads_per_kv = a.heads / a.cache.kv_heads;
   const int tile = static_cast<int>(blockIdx.x % a.row_tiles);
   const int kv_head = static_cast<int>(blockIdx.x / a.row_tiles % a.cache.kv_heads);
@@ -177,14 +190,15 @@ struct ChunkMemory {
 };
 
 // A thread's position against all rows.
-__device__ void score(const Attend& a, const Rows& rows, int chunk, int valid, ChunkMemory& memory) {
+template <typename Element>
+__device__ void score(const Attend<Element>& a, const Rows& rows, int chunk, int valid, ChunkMemory& memory) {
   const int at = static_cast<int>(threadIdx.x);
   if (at >= valid) return;
   const int position = chunk * kChunk + at;
-  const uint16_t* key = a.cache.keys + a.cache.block_at(rows.token, position, rows.kv_head) + position % kBlock * 2;
+  const Element* key = a.cache.keys + a.cache.block_at(rows.token, position, rows.kv_head) + position % kBlock * 2;
   float sum[kRows] = {};
   for (int d = 0; d < a.cache.head_dim; d += 2, key += kBlock * 2) {
-    const float even = bf16_to_float(key[0]), odd = bf16_to_float(key[1]);
+    const float even = decode(key[0]), odd = decode(key[1]);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       if (row >= rows.count) break;
@@ -216,12 +230,14 @@ __device__ void softmax(const Rows& rows, int valid, ChunkMemory& memory) {
 }
 
 // Element d of a row's accumulator over the chunk.
-__device__ float weigh(const Attend& a, const Rows& rows, int chunk, int valid, const float* probabilities, int d) {
+template <typename Element>
+__device__ float weigh(const Attend<Element>& a, const Rows& rows, int chunk, int valid, const float* probabilities,
+                       int d) {
   float sum = 0;
   for (int at = 0; at < valid;) {
-    const uint16_t* value = a.cache.values + a.cache.block_at(rows.token, chunk * kChunk + at, rows.kv_head) + d;
+    const Element* value = a.cache.values + a.cache.block_at(rows.token, chunk * kChunk + at, rows.kv_head) + d;
     for (const int end = lesser(valid, at + kBlock); at < end; ++at, value += a.cache.head_dim) {
-      sum = __fmaf_rn(probabilities[at], bf16_to_float(*value), sum);
+      sum = __fmaf_rn(probabilities[at], decode(*value), sum);
     }
   }
   return sum;
@@ -229,8 +245,8 @@ __device__ float weigh(const Attend& a, const Rows& rows, int chunk, int valid, 
 
 // Every gridDim.y-th chunk where blocks share a context (a block whose first chunk is beyond it has nothing to do, so
 // the grid need not know how long contexts are), else all of them.
-template <bool kShared>
-__global__ void attend_kernel(Attend a) {
+template <bool kShared, typename Element>
+__global__ void attend_kernel(Attend<Element> a) {
   __shared__ ChunkMemory memory;
   const Rows rows = rows_of_block(a);
   const int dim = a.cache.head_dim, elements = rows.count * dim;
@@ -284,13 +300,14 @@ __global__ void attend_kernel(Attend a) {
       if (at >= elements) break;
       const int row = at / dim, d = at % dim;
       a.out[(rows.token * a.heads + rows.first_head + row) * dim + d] =
-          float_to_bf16(__fdiv_rn(total[i], memory.running[row].sum));
+          float_to_bf16(__fdiv_rn(total[i] * a.cache.value_scale, memory.running[row].sum));
     }
   }
 }
 
 // A block has a head of a token, a thread an element: chunks meet left to right.
-__global__ void merge_kernel(Attend a) {
+template <typename Element>
+__global__ void merge_kernel(Attend<Element> a) {
   const int64_t token = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
   const int d = static_cast<int>(threadIdx.x), dim = a.cache.head_dim;
   if (d >= dim) return;
@@ -302,7 +319,7 @@ __global__ void merge_kernel(Attend a) {
     const Factors factors = merge(running, {at[0], at[1]});
     total = merge(total, at[2 + d], factors);
   }
-  a.out[(token * a.heads + head) * dim + d] = float_to_bf16(__fdiv_rn(total, running.sum));
+  a.out[(token * a.heads + head) * dim + d] = float_to_bf16(__fdiv_rn(total * a.cache.value_scale, running.sum));
 }
 
 // ---- Copies
@@ -323,6 +340,36 @@ __global__ void copy_blocks_kernel(BlockCopies a) {
   }
 }
 
+// Calls body with an element of the cache's type.
+template <typename Body>
+void with_element_of(const KvLayer& cache, const Body& body) {
+  cache.keys.dtype() == DType::kBF16 ? body(uint16_t{}) : body(uint8_t{});
+}
+
+template <typename Element>
+void attend(Queue& queue, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out) {
+  const int64_t tokens = q.dim(0), heads = q.dim(1), head_dim = q.dim(2), kv_heads = cache.values.dim(1);
+  const int64_t chunks = (batch.context + kAttentionChunk - 1) / kAttentionChunk;
+  Attend<Element> a = {.q = q.as<uint16_t>(),
+                       .out = out.as<uint16_t>(),
+                       .cache = arguments<Element>(cache, batch),
+                       .heads = static_cast<int>(heads),
+                       .row_tiles = static_cast<int>((heads / kv_heads + kRows - 1) / kRows),
+                       .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))) * cache.key_scale,
+                       .partials = nullptr,
+                       .chunks = chunks};
+  const int64_t blocks = tokens * kv_heads * a.row_tiles;
+  const int64_t partial_bytes = tokens * heads * chunks * (2 + head_dim) * static_cast<int64_t>(sizeof(float));
+  if (chunks == 1 || blocks >= kFewBlocks || partial_bytes > kMostPartialBytes) {
+    queue.launch(attend_kernel<false, Element>, static_cast<unsigned>(blocks), kThreads, a);
+    return;
+  }
+  a.partials = static_cast<float*>(queue.scratch(partial_bytes));
+  const unsigned shares = static_cast<unsigned>(std::min(chunks, 2 * kFewBlocks / blocks));
+  queue.launch(attend_kernel<true, Element>, dim3(static_cast<unsigned>(blocks), shares), kThreads, a);
+  queue.launch(merge_kernel<Element>, static_cast<unsigned>(tokens * heads), kThreads, a);
+}
+
 }  // namespace
 
 void rope_angles(Stream& stream, const Tensor& positions, const Tensor& inv_freq, const Tensor& cos_sin) {
@@ -335,44 +382,26 @@ void rope_angles(Stream& stream, const Tensor& positions, const Tensor& inv_freq
 void rope_and_cache(Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos_sin,
                     const AttentionBatch& batch, const Tensor& q_out, const KvLayer& cache) {
   if (q.dim(0) == 0) return;
-  Queue& queue = queue_of(stream);
-  queue.launch(rope_and_cache_kernel, static_cast<unsigned>(q.dim(0)), kThreads,
-               Rope{.q = q.as<float>(),
-                    .k = k.as<float>(),
-                    .v = v.as<float>(),
-                    .cos_sin = cos_sin.as<float>(),
-                    .q_out = q_out.as<uint16_t>(),
-                    .cache = arguments(cache, batch),
-                    .heads = static_cast<int>(q.dim(1))});
+  with_element_of(cache, [&]<typename Element>(Element) {
+    queue_of(stream).launch(rope_and_cache_kernel<Element>, static_cast<unsigned>(q.dim(0)), kThreads,
+                            Rope<Element>{.q = q.as<float>(),
+                                          .k = k.as<float>(),
+                                          .v = v.as<float>(),
+                                          .cos_sin = cos_sin.as<float>(),
+                                          .q_out = q_out.as<uint16_t>(),
+                                          .cache = arguments<Element>(cache, batch),
+                                          .heads = static_cast<int>(q.dim(1))});
+  });
 }
 
 void attention(Stream& stream, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch, const Tensor& out) {
-  const int64_t tokens = q.dim(0), heads = q.dim(1), head_dim = q.dim(2), kv_heads = cache.values.dim(1);
-  if (tokens == 0) return;
+  if (q.dim(0) == 0) return;
   Queue& queue = queue_of(stream);
-  if (queue.arithmetic() == Arithmetic::kFast && has_flash_attention(head_dim)) {
-    flash_attention(queue, q, cache, {}, batch, out);
+  if (queue.arithmetic() == Arithmetic::kFast && has_flash_attention(q.dim(2))) {
+    flash_attention(queue, q, cache, batch, out);
     return;
   }
-  const int64_t chunks = (batch.context + kAttentionChunk - 1) / kAttentionChunk;
-  Attend a = {.q = q.as<uint16_t>(),
-              .out = out.as<uint16_t>(),
-              .cache = arguments(cache, batch),
-              .heads = static_cast<int>(heads),
-              .row_tiles = static_cast<int>((heads / kv_heads + kRows - 1) / kRows),
-              .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))),
-              .partials = nullptr,
-              .chunks = chunks};
-  const int64_t blocks = tokens * kv_heads * a.row_tiles;
-  const int64_t partial_bytes = tokens * heads * chunks * (2 + head_dim) * static_cast<int64_t>(sizeof(float));
-  if (chunks == 1 || blocks >= kFewBlocks || partial_bytes > kMostPartialBytes) {
-    queue.launch(attend_kernel<false>, static_cast<unsigned>(blocks), kThreads, a);
-    return;
-  }
-  a.partials = static_cast<float*>(queue.scratch(partial_bytes));
-  const unsigned shares = static_cast<unsigned>(std::min(chunks, 2 * kFewBlocks / blocks));
-  queue.launch(attend_kernel<true>, dim3(static_cast<unsigned>(blocks), shares), kThreads, a);
-  queue.launch(merge_kernel, static_cast<unsigned>(tokens * heads), kThreads, a);
+  with_element_of(cache, [&]<typename Element>(Element) { attend<Element>(queue, q, cache, batch, out); });
 }
 
 void copy_blocks(Stream& stream, std::span<const int32_t> from, std::span<const int32_t> to, const KvLayer& cache) {

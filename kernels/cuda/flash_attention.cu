@@ -874,8 +874,8 @@ void attend(Queue& queue, const Flash& a, const AttentionBatch& batch) {
 
 }  // namespace
 
-void flash_attention(Queue& queue, const Tensor& q, const KvLayer& cache, const CacheScales& scales,
-                     const AttentionBatch& batch, const Tensor& out) {
+void flash_attention(Queue& queue, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch,
+                     const Tensor& out) {
   const int64_t head_dim = q.dim(2);
   constexpr double kLog2E = 1.4426950408889634;
   const Flash a = {.q = q.as<uint16_t>(),
@@ -890,8 +890,8 @@ void flash_attention(Queue& queue, const Tensor& q, const KvLayer& cache, const 
                    .heads = static_cast<int>(q.dim(1)),
                    .kv_heads = static_cast<int>(cache.values.dim(1)),
                    .group = static_cast<int>(q.dim(1) / cache.values.dim(1)),
-                   .score_scale = static_cast<float>(kLog2E * scales.key / std::sqrt(static_cast<double>(head_dim))),
-                   .value_scale = scales.value};
+                   .score_scale = static_cast<float>(kLog2E * cache.key_scale / std::sqrt(static_cast<double>(head_dim))),
+                   .value_scale = cache.value_scale};
   if (cache.keys.dtype() == DType::kF8E4M3) {
     head_dim == 64 ? attend<uint8_t, 64>(queue, a, batch) : attend<uint8_t, 128>(queue, a, batch);
   } else {

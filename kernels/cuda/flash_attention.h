@@ -3,8 +3,7 @@
 // probabilities are rounded to BF16 before they weigh values, and exponentials are the hardware's. Outputs are rounded
 // once to BF16.
 //
-// The cache is BF16 or e4m3 (KvLayer's tensors of one byte an element): a code then stands for itself times the layer's
-// key_scale or value_scale; NaN codes are read as +-480.
+// NaN codes of a cache in e4m3 are read as +-480.
 #pragma once
 
 #include <algorithm>
@@ -19,14 +18,10 @@ class Queue;
 // Whether there are kernels for heads of this width.
 constexpr bool has_flash_attention(int64_t head_dim) { return head_dim == 64 || head_dim == 128; }
 
-struct CacheScales {
-  float key = 1, value = 1;
-};
-
 // As ops.h says of attention(). Row i of block_tables is sequence i's, and every sequence has a token. What is launched
 // depends on the numbers of tokens and sequences and on batch.context alone. REQUIRES: has_flash_attention(q.dim(2)).
-void flash_attention(Queue& queue, const Tensor& q, const KvLayer& cache, const CacheScales& scales,
-                     const AttentionBatch& batch, const Tensor& out);
+void flash_attention(Queue& queue, const Tensor& q, const KvLayer& cache, const AttentionBatch& batch,
+                     const Tensor& out);
 
 // How contexts of sequences with few new tokens are cut into parts, a thread block each.
 //

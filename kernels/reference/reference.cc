@@ -60,6 +60,15 @@ CacheIndex index(const KvLayer& cache, const AttentionBatch& batch, int64_t sequ
   return {block * cache.values.dim(1) + head, position % kKvBlockTokens, cache.values.dim(3)};
 }
 
+// Writes element `at` of a cache tensor: `bits` of BF16, or their code.
+void store(const Tensor& cache, int64_t at, uint16_t bits, float scale) {
+  if (cache.dtype() == DType::kBF16) {
+    cache.as<uint16_t>()[at] = bits;
+  } else {
+    cache.as<uint8_t>()[at] = float_to_e4m3(bf16_to_float(bits) * (1.0f / scale));
+  }
+}
+
 // Element d of a head of x [tokens, heads, head_dim] after rotation.
 double rotated(const Tensor& x, const Tensor& cos_sin, int64_t token, int64_t head, int64_t d) {
   const int64_t half = x.dim(2) / 2;
@@ -190,8 +199,9 @@ void rope_and_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
       for (int64_t head = 0; head < k.dim(1); ++head) {
         const CacheIndex at =
             index(cache, batch, batch.sequence_of.as<int32_t>()[token], batch.positions.as<int32_t>()[token], head);
-        cache.keys.as<uint16_t>()[at.key(d)] = to_bf16(rotated(k, cos_sin, token, head, d));
-        cache.values.as<uint16_t>()[at.value(d)] = to_bf16(element(v, (token * k.dim(1) + head) * head_dim + d));
+        store(cache.keys, at.key(d), to_bf16(rotated(k, cos_sin, token, head, d)), cache.key_scale);
+        store(cache.values, at.value(d), to_bf16(element(v, (token * k.dim(1) + head) * head_dim + d)),
+              cache.value_scale);
       }
     }
   }
@@ -212,7 +222,7 @@ void attention(const Tensor& q, const KvLayer& cache, const AttentionBatch& batc
         for (int64_t d = 0; d < head_dim; ++d) {
           score += static_cast<double>(element(q, q_at + d)) * element(cache.keys, at.key(d));
         }
-        scores.push_back(score / std::sqrt(static_cast<double>(head_dim)));
+        scores.push_back(score * cache.key_scale / std::sqrt(static_cast<double>(head_dim)));
       }
       const double max = *std::ranges::max_element(scores);
       double sum = 0;
@@ -222,7 +232,7 @@ void attention(const Tensor& q, const KvLayer& cache, const AttentionBatch& batc
         for (int64_t p = 0; p <= batch.positions.as<int32_t>()[token]; ++p) {
           weighed += scores[p] * element(cache.values, index(cache, batch, sequence, p, head / heads_per_kv).value(d));
         }
-        out.as<uint16_t>()[q_at + d] = to_bf16(weighed / sum);
+        out.as<uint16_t>()[q_at + d] = to_bf16(weighed * cache.value_scale / sum);
       }
     }
   }
