@@ -96,6 +96,9 @@ class Rank {
   std::string family() const {
     return gpu_ ? family_of(*gpu_, arithmetic(), bootstrap_.size()) : family_of(options_.runtime.isa);
   }
+  std::string id_of_numerics() const {
+    return numerics_id(checkpoint_->config(), family(), options_.runtime.activations, options_.runtime.memory.kv_dtype);
+  }
   Arithmetic arithmetic() const { return gpu_ ? options_.arithmetic : Arithmetic::kReproducible; }
 
   // The last resort: a rank inside a collective whose peers are gone never comes back, so its process ends here.
@@ -151,10 +154,9 @@ class Rank {
     const uint64_t digest = checkpoint.ok() ? checkpoint->digest() : 0;
     if (absl::Status status = bootstrap_.agree(checkpoint.status()); !status.ok()) return status;
     checkpoint_ = *std::move(checkpoint);
-    const std::string id = numerics_id(checkpoint_->config(), family(), options_.runtime.activations);
     if (absl::Status status = bootstrap_.all_equal("model files", absl::StrFormat("%016x", digest)); !status.ok())
       return status;
-    if (absl::Status status = bootstrap_.all_equal("numerics id", id); !status.ok()) return status;
+    if (absl::Status status = bootstrap_.all_equal("numerics id", id_of_numerics()); !status.ok()) return status;
     if (!leads()) return absl::OkStatus();
     for (const std::string& warning : checkpoint_->warnings()) log_line(LogLevel::kWarning, warning);
     return open_text();
@@ -222,7 +224,7 @@ class Rank {
     model_->limits = plan_->limits;
     job_ = {.model = model_,
             .facts = {.version = kVersion,
-                      .numerics_id = numerics_id(checkpoint_->config(), family(), options_.runtime.activations),
+                      .numerics_id = id_of_numerics(),
                       .ranks = bootstrap_.size(),
                       .threads_per_rank = threads_,
                       .device = gpu_ ? "cuda" : "cpu",
@@ -256,7 +258,7 @@ class Rank {
     communicator_ = *std::move(communicator);
     if (gpu_) communicator_ = std::make_unique<StagedCommunicator>(std::move(communicator_), host);
 
-    LoadOptions load{.activations = options_.runtime.activations};
+    LoadOptions load{.activations = options_.runtime.activations, .kv_dtype = options_.runtime.memory.kv_dtype};
     std::optional<Progress> progress;
     if (leads() && options_.log_format == LogFormat::kText) {
       progress.emplace("Loading weights");
@@ -266,9 +268,10 @@ class Rank {
     if (!weights.ok()) return weights.status();
     weights_.emplace(*std::move(weights));
     if (progress) progress->finish(static_cast<int64_t>(weights_->memory().size()));
-    worker_.emplace(*stream_, *communicator_, checkpoint_->config(), *shard_, *weights_,
-                    KvCache(*stream_, checkpoint_->config(), *shard_, plan_->limits.blocks), plan_->limits,
-                    recorder_.get());
+    worker_.emplace(
+        *stream_, *communicator_, checkpoint_->config(), *shard_, *weights_,
+        KvCache(*stream_, checkpoint_->config(), *shard_, options_.runtime.memory.kv_dtype, plan_->limits.blocks),
+        plan_->limits, recorder_.get());
     if (gpu_) record_steps();
     return absl::OkStatus();
   }

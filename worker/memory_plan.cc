@@ -41,10 +41,11 @@ absl::StatusOr<RankBytes> bytes_without_cache(const WeightFormats& formats, cons
   if (!shard.ok()) return shard.status();
   const auto scratch = [&] {
     const int64_t max_context = options.max_context.value_or(config.max_position_embeddings);
-    const int64_t recorded = options.device == Device::kCpu
-                                 ? 0
-                                 : DecodeBatch::bytes(options.max_sequences, max_context) +
-                                       KvCache::padding_blocks(options.device) * KvCache::block_bytes(config, *shard);
+    const int64_t recorded =
+        options.device == Device::kCpu
+            ? 0
+            : DecodeBatch::bytes(options.max_sequences, max_context) +
+                  KvCache::padding_blocks(options.device) * KvCache::block_bytes(config, *shard, options.kv_dtype);
     return StepScratch::bytes(config, *shard, options.arithmetic, options.max_step_tokens, options.max_sequences) +
            PlacedBatch::bytes(options.max_step_tokens, options.max_sequences, max_context) + recorded +
            threads * Sampler::bytes(config.vocab_size) + options.window_bytes;
@@ -78,7 +79,7 @@ absl::StatusOr<MemoryPlan> plan_memory(const WeightFormats& formats, const Memor
         bytes_without_cache(formats, options, rank, size, ranks[rank].threads);
     if (!without_cache.ok()) return without_cache.status();
     const RankBytes& bytes = *without_cache;
-    block_bytes.push_back(KvCache::block_bytes(config, *ShardSpec::make(config, rank, size)));
+    block_bytes.push_back(KvCache::block_bytes(config, *ShardSpec::make(config, rank, size), options.kv_dtype));
     const int64_t usable = static_cast<int64_t>(options.usable_share * static_cast<double>(ranks[rank].memory_bytes));
     const int64_t left = usable - bytes.total();
     const int64_t kv_bytes = options.kv_memory_bytes.value_or(

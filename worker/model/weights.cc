@@ -1,6 +1,7 @@
 #include "worker/model/weights.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "absl/status/status.h"
@@ -113,6 +114,27 @@ class Loader {
     });
   }
 
+  // The scale of a layer's cached keys ("k") or values ("v"), under any of the names that writers give it; 1 without.
+  absl::Status load_cache_scale(int64_t layer, const char* which, float* out) {
+    const std::string attention = absl::StrCat("model.layers.", layer, ".self_attn.");
+    for (const std::string& name : {absl::StrCat(attention, which, "_proj.", which, "_scale"),
+                                    absl::StrCat(attention, which, "_scale"), absl::StrCat(attention, "kv_scale")}) {
+      const TensorInfo* const info = checkpoint_.find(name);
+      if (info == nullptr) continue;
+      absl::StatusOr<std::vector<float>> values = checkpoint_.read_f32(*info);
+      if (!values.ok()) return values.status();
+      if (values->size() != 1 || !((*values)[0] > 0) || std::isinf((*values)[0])) {
+        return absl::InvalidArgumentError(absl::StrCat(name, " has ", values->size(), " values",
+                                                       values->empty() ? "" : ", first ",
+                                                       values->empty() ? "" : absl::StrCat((*values)[0]),
+                                                       ": the scale of a layer's cache is one positive number"));
+      }
+      *out = (*values)[0];
+      return absl::OkStatus();
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status load_norm(const PlacedNorm& placed) {
     absl::StatusOr<std::vector<float>> values = checkpoint_.read_f32(*checkpoint_.find(placed.name));
     if (!values.ok()) return values.status();
@@ -198,6 +220,12 @@ absl::StatusOr<ModelWeights> ModelWeights::load(Stream& stream, const Checkpoint
   for (size_t i = 0; status.ok() && i < placement.linears.size(); ++i)
     status = loader.load_linear(placement.linears[i]);
   for (size_t i = 0; status.ok() && i < placement.norms.size(); ++i) status = loader.load_norm(placement.norms[i]);
+  const size_t scaled = options.kv_dtype == DType::kF8E4M3 ? weights.layers.size() : 0;
+  for (size_t i = 0; status.ok() && i < scaled; ++i) {
+    LayerWeights& layer = weights.layers[i];
+    status = loader.load_cache_scale(static_cast<int64_t>(i), "k", &layer.key_scale);
+    if (status.ok()) status = loader.load_cache_scale(static_cast<int64_t>(i), "v", &layer.value_scale);
+  }
   if (!status.ok()) return status;
   return weights;
 }
