@@ -49,11 +49,12 @@ class Rank {
  private:
   absl::Status load(const Checkpoint& checkpoint, const ThreadGroupOptions& options, const WorkerLimits& limits) {
     absl::StatusOr<ModelWeights> weights =
-        ModelWeights::load(*stream_, checkpoint, shard_, {.activations = options.activations, .progress = {}});
+        ModelWeights::load(*stream_, checkpoint, shard_,
+                           {.activations = options.activations, .kv_dtype = options.memory.kv_dtype, .progress = {}});
     if (!weights.ok()) return weights.status();
     weights_.emplace(std::move(*weights));
     worker_.emplace(*stream_, *communicator_, checkpoint.config(), shard_, *weights_,
-                    KvCache(*stream_, checkpoint.config(), shard_, limits.blocks), limits);
+                    KvCache(*stream_, checkpoint.config(), shard_, options.memory.kv_dtype, limits.blocks), limits);
     if (options.cuda != nullptr && options.record_steps) {
       worker_->record_steps([](int64_t, int64_t) {}).IgnoreError();  // where they cannot, steps run op by op
     }

@@ -53,11 +53,12 @@ Tensor RandomValues::next(DType dtype, Shape shape) {
 }
 
 void RandomValues::fill(Stream& stream, const Tensor& out) {
-  const int64_t count = out.bytes() / size_of(DType::kBF16);
-  const Tensor flat(out.data(), DType::kBF16, {count}, out.device());
+  const DType dtype = out.dtype() == DType::kF8E4M3 ? DType::kF8E4M3 : DType::kBF16;
+  const int64_t count = out.bytes() / size_of(dtype);
+  const Tensor flat(out.data(), dtype, {count}, out.device());
   for (int64_t first = 0; first < count; first += most_elements_) {
     const int64_t end = std::min(first + most_elements_, count);
-    copy(stream, next(DType::kBF16, {end - first}), flat.rows(first, end));
+    copy(stream, next(dtype, {end - first}), flat.rows(first, end));
   }
 }
 

@@ -26,7 +26,7 @@ class RandomValues {
   // BF16 or F8_E4M3 on the host, never the same from call to call; to be read only, as long as this lives. They are a
   // window into one block of numbers: making each anew would take longer than writing it.
   Tensor next(DType dtype, Shape shape);
-  // Fills `out`, BF16 or F32, where the stream computes. A pair of BF16 values is an F32 number of their size.
+  // Fills `out`, BF16, F8_E4M3 or F32, where the stream computes. A pair of BF16 values is an F32 number of their size.
   void fill(Stream& stream, const Tensor& out);
   // count values in [1 - spread, 1 + spread).
   std::vector<float> near_one(int64_t count, float spread);

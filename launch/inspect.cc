@@ -30,11 +30,12 @@ absl::Status print_ranks(const Checkpoint& checkpoint, int ranks) {
     const WeightBytes bytes = ModelWeights::plan(formats, *shard);
     const SliceRun run = shard->run();
     const std::string slices = std::to_string(run.first) + ".." + std::to_string(run.first + run.count - 1);
-    std::printf("%-5d %-8s %12s %12s %13s %12s %13s %12s %16lld\n", rank, slices.c_str(),
-                human_bytes(bytes.embedding).c_str(), human_bytes(bytes.attention).c_str(),
-                human_bytes(bytes.feed_forward).c_str(), human_bytes(bytes.lm_head).c_str(),
-                human_bytes(bytes.norms + bytes.scales).c_str(), human_bytes(bytes.total()).c_str(),
-                static_cast<long long>(KvCache::block_bytes(checkpoint.config(), *shard) / kKvBlockTokens));
+    std::printf(
+        "%-5d %-8s %12s %12s %13s %12s %13s %12s %16lld\n", rank, slices.c_str(), human_bytes(bytes.embedding).c_str(),
+        human_bytes(bytes.attention).c_str(), human_bytes(bytes.feed_forward).c_str(),
+        human_bytes(bytes.lm_head).c_str(), human_bytes(bytes.norms + bytes.scales).c_str(),
+        human_bytes(bytes.total()).c_str(),
+        static_cast<long long>(KvCache::block_bytes(checkpoint.config(), *shard, DType::kBF16) / kKvBlockTokens));
   }
   return absl::OkStatus();
 }

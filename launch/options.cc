@@ -81,6 +81,15 @@ void add_compute_options(CLI::App& command, RuntimeOptions* options) {
           "fast "
           "on a CPU]")
       ->check(CLI::IsMember({"bf16", "fp8"}));
+  command
+      .add_option_function<std::string>(
+          "--kv-dtype",
+          [options](const std::string& name) {
+            options->memory.kv_dtype = name == "fp8" ? DType::kF8E4M3 : DType::kBF16;
+          },
+          "KV cache in bf16, or in fp8: half the bytes, so twice the tokens, with the checkpoint's scales [bf16: "
+          "exacter]")
+      ->check(CLI::IsMember({"bf16", "fp8"}));
 }
 
 void add_runtime_options(CLI::App& command, RuntimeOptions* options) {

@@ -100,6 +100,9 @@ class Rank {
   std::string family() const {
     return gpu_ ? family_of(*gpu_, arithmetic(), bootstrap_.size()) : family_of(options_.runtime.isa);
   }
+  std::string id_of_numerics() const {
+    return numerics_id(checkpoint_->config(), family(), options_.runtime.activations, options_.runtime.memory.kv_dtype);
+  }
   Arithmetic arithmetic() const { return gpu_ ? options_.arithmetic : Arithmetic::kReproducible; }
 
   // The last resort: a rank inside a collective whose peers are gone never comes back, so its process ends here.
@@ -189,10 +192,9 @@ class Rank {
     const uint64_t digest = checkpoint.ok() ? checkpoint->digest() : 0;
     if (absl::Status status = bootstrap_.agree(checkpoint.status()); !status.ok()) return status;
     checkpoint_ = *std::move(checkpoint);
-    const std::string id = numerics_id(checkpoint_->config(), family(), options_.runtime.activations);
     if (absl::Status status = bootstrap_.all_equal("model files", absl::StrFormat("%016x", digest)); !status.ok())
       return status;
-    if (absl::Status status = bootstrap_.all_equal("numerics id", id); !status.ok()) return status;
+    if (absl::Status status = bootstrap_.all_equal("numerics id", id_of_numerics()); !status.ok()) return status;
     if (!leads()) return absl::OkStatus();
     for (const std::string& warning : checkpoint_->warnings()) log_line(LogLevel::kWarning, warning);
     return open_text();
@@ -237,7 +239,7 @@ class Rank {
     }
     MemoryOptions options = options_.runtime.memory;
     options.device = options_.device;
-    options.window_bytes = 2 * kDefaultAreaBytes;
+    options.window_bytes = gpu_ ? kDeviceCommunicatorBytes : 2 * kDefaultAreaBytes;
     options.arithmetic = arithmetic();
     absl::StatusOr<MemoryPlan> plan = plan_memory(weight_formats(*checkpoint_), options, ranks);
     if (!plan.ok()) return plan.status();
@@ -261,7 +263,7 @@ class Rank {
     model_->limits = plan_->limits;
     job_ = {.model = model_,
             .facts = {.version = kVersion,
-                      .numerics_id = numerics_id(checkpoint_->config(), family(), options_.runtime.activations),
+                      .numerics_id = id_of_numerics(),
                       .ranks = bootstrap_.size(),
                       .threads_per_rank = threads_,
                       .device = gpu_ ? "cuda" : "cpu",
@@ -298,7 +300,7 @@ class Rank {
     if (gpu_) {
       if (absl::Status status = join_gpus(window.map, host); !status.ok()) return status;
     }
-    LoadOptions load{.activations = options_.runtime.activations};
+    LoadOptions load{.activations = options_.runtime.activations, .kv_dtype = options_.runtime.memory.kv_dtype};
     std::optional<Progress> progress;
     if (leads() && options_.log_format == LogFormat::kText) {
       progress.emplace("Loading weights");
@@ -308,9 +310,10 @@ class Rank {
     if (!weights.ok()) return weights.status();
     weights_.emplace(*std::move(weights));
     if (progress) progress->finish(static_cast<int64_t>(weights_->memory().size()));
-    worker_.emplace(*stream_, *communicator_, checkpoint_->config(), *shard_, *weights_,
-                    KvCache(*stream_, checkpoint_->config(), *shard_, plan_->limits.blocks), plan_->limits,
-                    recorder_.get());
+    worker_.emplace(
+        *stream_, *communicator_, checkpoint_->config(), *shard_, *weights_,
+        KvCache(*stream_, checkpoint_->config(), *shard_, options_.runtime.memory.kv_dtype, plan_->limits.blocks),
+        plan_->limits, recorder_.get());
     if (gpu_) record_steps();
     return absl::OkStatus();
   }
@@ -336,10 +339,21 @@ class Rank {
                      .place = [this] { return place(); },
                      .record = [this](const absl::Status& cause) { begin_to_fail(kind_of(cause), cause); },
                      .end = [this](const absl::Status& cause) { end_process(cause); }};
-    if (options_.watchdog_floor_seconds == 0) nccl.wait_deadline = std::chrono::milliseconds::max();
-    absl::StatusOr<DeviceCommunicator> device = make_device_communicator(
-        *stream_, std::move(communicator_), [] { return open_nccl(environment); },
-        {.wanted = options_.all_reduce, .gpu = gpu_->uuid, .host = host, .nccl = std::move(nccl)});
+    PeerCommunicatorOptions peer{.map = map, .place = nccl.place, .end = [this](const absl::Status& cause) {
+                                   begin_to_fail(kind_of(cause), cause);
+                                   end_process(cause);
+                                 }};
+    if (options_.watchdog_floor_seconds == 0) {
+      nccl.wait_deadline = std::chrono::milliseconds::max();
+      peer.wait_deadline = std::chrono::hours(24 * 365);  // nanoseconds of it are counted on the device
+    }
+    absl::StatusOr<DeviceCommunicator> device =
+        make_device_communicator(*stream_, std::move(communicator_), [] { return open_nccl(environment); },
+                                 {.wanted = options_.all_reduce,
+                                  .gpu = gpu_->uuid,
+                                  .host = host,
+                                  .nccl = std::move(nccl),
+                                  .peer = std::move(peer)});
     if (!device.ok()) return device.status();
     communicator_ = std::move(device->communicator);
     if (leads() && bootstrap_.size() > 1) {

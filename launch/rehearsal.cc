@@ -133,10 +133,11 @@ absl::StatusOr<RankBytes> Rehearsal::plan(const RehearsalOptions& options) {
                              .max_step_tokens = limits.max_step_tokens,
                              .device = options.device,
                              .window_bytes = window,
+                             .kv_dtype = options.kv_dtype,
                              .arithmetic = options.arithmetic};
   absl::StatusOr<RankBytes> bytes =
       bytes_without_cache(options.formats, memory, options.rank, options.ranks, options.host.threads);
-  if (bytes.ok()) bytes->kv_cache = limits.blocks * KvCache::block_bytes(config, *shard);
+  if (bytes.ok()) bytes->kv_cache = limits.blocks * KvCache::block_bytes(config, *shard, options.kv_dtype);
   return bytes;
 }
 
@@ -156,7 +157,7 @@ struct Rehearsal::Impl {
         part_times(*stream) {}
 
   KvCache random_cache() {
-    KvCache cache(*stream, options.formats.config, shard, limits.blocks);
+    KvCache cache(*stream, options.formats.config, shard, options.kv_dtype, limits.blocks);
     for (int64_t layer = 0; layer < options.formats.config.num_hidden_layers; ++layer) {
       values.fill(*stream, cache.layer(layer).keys);
       values.fill(*stream, cache.layer(layer).values);
@@ -304,15 +305,22 @@ absl::StatusOr<StepMeasurement> Rehearsal::Impl::measure_decode(int32_t sequence
   for (int i = 1; i < kWarmUps; ++i) {
     if (const auto warm_up = timed(next()); !warm_up.ok()) return warm_up.status();
   }
-  return measure({.sequences = sequences, .new_tokens = 1, .context = options.context}, next, step_done);
+  return measure({.sequences = sequences,
+                  .new_tokens = 1,
+                  .context = options.context,
+                  .kv_bytes_per_value = static_cast<int>(size_of(options.kv_dtype))},
+                 next, step_done);
 }
 
 absl::StatusOr<StepMeasurement> Rehearsal::Impl::measure_prefill(int32_t tokens,
                                                                  const std::function<void()>& step_done) {
   const auto next = [&] { return prefill(tokens); };
   if (const auto warm_up = timed(next()); !warm_up.ok()) return warm_up.status();
-  absl::StatusOr<StepMeasurement> result =
-      measure({.sequences = 1, .new_tokens = tokens, .context = tokens}, next, step_done);
+  absl::StatusOr<StepMeasurement> result = measure({.sequences = 1,
+                                                    .new_tokens = tokens,
+                                                    .context = tokens,
+                                                    .kv_bytes_per_value = static_cast<int>(size_of(options.kv_dtype))},
+                                                   next, step_done);
   if (result.ok()) result->prefill = true;
   return result;
 }

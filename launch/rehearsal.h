@@ -21,6 +21,7 @@ struct RehearsalOptions {
   ActivationScheme activations;
   Device device = Device::kCpu;
   Arithmetic arithmetic = Arithmetic::kReproducible;
+  DType kv_dtype = DType::kBF16;
   int rank = 0, ranks = 1;
   Stream::CpuOptions host;
   std::vector<int32_t> batches;   // decode steps of so many sequences

@@ -71,6 +71,7 @@ absl::StatusOr<RehearsalOptions> rehearsal_of(const RehearseOptions& options, co
                                                 : ActivationScheme(),
                              .device = options.device,
                              .arithmetic = arithmetic_on(device, options.arithmetic),
+                             .kv_dtype = options.runtime.memory.kv_dtype,
                              .rank = options.rank,
                              .ranks = options.ranks,
                              .host = {.threads = threads, .isa = options.runtime.isa, .spin = threads <= cores},

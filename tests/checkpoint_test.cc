@@ -512,7 +512,7 @@ TEST(Checkpoint, ReadsModelOptsSeparateFile) {
   absl::StatusOr<Checkpoint> checkpoint = Checkpoint::open(directory.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   EXPECT_EQ(checkpoint->quant_method(), "modelopt");
-  EXPECT_TRUE(warns(*checkpoint, "the cache is BF16"));
+  EXPECT_TRUE(warns(*checkpoint, "--kv-dtype fp8"));
   EXPECT_TRUE(warns(*checkpoint, "model.layers.0.self_attn.q_proj")) << "shell patterns in exclude_modules";
   EXPECT_EQ(checkpoint->linear_format("model.layers.0.mlp.up_proj")->activations.scale, 2.0f);
   write_file(directory.path("hf_quant_config.json"), R"({"quantization": {"quant_algo": "NVFP4"}})");

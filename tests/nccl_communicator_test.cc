@@ -368,12 +368,24 @@ DeviceFactsOfRank gpu(const std::string& uuid, const std::string& error = "") {
   return {.gpu = uuid, .nccl_version = error.empty() ? "2.28.9" : "", .nccl_error = error};
 }
 
-TEST(AllReduceChoice, IsNcclWhereEveryRankHasAGpuAndTheSameLibrary) {
+TEST(AllReduceChoice, IsNcclBetweenNodesWhereEveryRankHasAGpuAndTheSameLibrary) {
   const std::vector<DeviceFactsOfRank> ranks = {gpu("GPU-a"), gpu("GPU-b")};
-  EXPECT_EQ(choose_all_reduce(AllReduce::kAuto, ranks)->kind, AllReduce::kNccl);
-  EXPECT_EQ(choose_all_reduce(AllReduce::kNccl, ranks)->kind, AllReduce::kNccl);
-  EXPECT_EQ(choose_all_reduce(AllReduce::kHost, ranks)->kind, AllReduce::kHost);
-  EXPECT_THAT(choose_all_reduce(AllReduce::kAuto, ranks)->reason, HasSubstr("NCCL 2.28.9"));
+  EXPECT_EQ(choose_all_reduce(AllReduce::kAuto, ranks, 2)->kind, AllReduce::kNccl);
+  EXPECT_EQ(choose_all_reduce(AllReduce::kNccl, ranks, 2)->kind, AllReduce::kNccl);
+  EXPECT_EQ(choose_all_reduce(AllReduce::kHost, ranks, 2)->kind, AllReduce::kHost);
+  EXPECT_THAT(choose_all_reduce(AllReduce::kAuto, ranks, 2)->reason, HasSubstr("NCCL 2.28.9"));
+}
+
+TEST(AllReduceChoice, IsPeerMemoryInsideANodeWithTheLibraryBehindIt) {
+  const std::vector<DeviceFactsOfRank> ranks = {gpu("GPU-a"), gpu("GPU-b")}, shared = {gpu("GPU-a"), gpu("GPU-a")};
+  EXPECT_EQ(choose_all_reduce(AllReduce::kAuto, ranks, 1)->kind, AllReduce::kP2p);
+  EXPECT_EQ(choose_all_reduce(AllReduce::kAuto, ranks, 1)->fallback, AllReduce::kNccl);
+  EXPECT_EQ(choose_all_reduce(AllReduce::kAuto, shared, 1)->kind, AllReduce::kP2p);
+  EXPECT_EQ(choose_all_reduce(AllReduce::kAuto, shared, 1)->fallback, AllReduce::kHost);
+  EXPECT_EQ(choose_all_reduce(AllReduce::kNccl, ranks, 1)->kind, AllReduce::kNccl);
+  EXPECT_EQ(choose_all_reduce(AllReduce::kP2p, ranks, 1)->fallback, AllReduce::kP2p) << "asked for by name";
+  EXPECT_THAT(std::string(choose_all_reduce(AllReduce::kP2p, ranks, 2).status().message()),
+              AllOf(HasSubstr("--allreduce p2p: the ranks are on 2 nodes"), HasSubstr("name nccl or host")));
 }
 
 TEST(AllReduceChoice, OtherwiseIsTheHostAndSaysWhyOrRefusesWhatWasAskedFor) {
@@ -384,46 +396,72 @@ TEST(AllReduceChoice, OtherwiseIsTheHostAndSaysWhyOrRefusesWhatWasAskedFor) {
       {{gpu("GPU-a"), gpu("GPU-b", "NCCL was not found")}, "rank 1: NCCL was not found"},
       {other_version, "rank 1 has NCCL 2.20.5, rank 0 2.28.9"}};
   for (const auto& [ranks, reason] : cases) {
-    const auto choice = choose_all_reduce(AllReduce::kAuto, ranks);
+    const auto choice = choose_all_reduce(AllReduce::kAuto, ranks, 2);
     ASSERT_TRUE(choice.ok());
     EXPECT_EQ(choice->kind, AllReduce::kHost);
     EXPECT_THAT(choice->reason, HasSubstr(reason));
-    EXPECT_THAT(std::string(choose_all_reduce(AllReduce::kNccl, ranks).status().message()),
+    EXPECT_THAT(std::string(choose_all_reduce(AllReduce::kNccl, ranks, 2).status().message()),
                 AllOf(HasSubstr("--allreduce nccl: "), HasSubstr(reason)));
   }
 }
 
 TEST(AllReduceChoice, OfOneRankNeedsNothing) {
   const std::vector<DeviceFactsOfRank> alone = {gpu("GPU-a", "NCCL was not found")};
-  for (const AllReduce wanted : {AllReduce::kAuto, AllReduce::kNccl, AllReduce::kHost}) {
-    EXPECT_EQ(choose_all_reduce(wanted, alone)->kind, AllReduce::kHost);
+  for (const AllReduce wanted : {AllReduce::kAuto, AllReduce::kNccl, AllReduce::kP2p, AllReduce::kHost}) {
+    EXPECT_EQ(choose_all_reduce(wanted, alone, 1)->kind, AllReduce::kHost);
   }
+}
+
+struct Made {
+  AllReduce kind;
+  std::string reason;
+  bool on_device;
+};
+
+// Two ranks on GPUs of their own, whose NCCL is what `nccl` says.
+std::vector<Made> made_with(AllReduce wanted, const std::vector<absl::StatusOr<NcclApi>>& nccl) {
+  const RankMap map = one_node({1, 1});
+  std::vector<Made> result(2);
+  std::vector<std::thread> threads;
+  auto hosts = make_thread_communicators(map);
+  for (int rank = 0; rank < 2; ++rank) {
+    threads.emplace_back([&, rank] {
+      Stream stream(module(), rank, Arithmetic::kReproducible, {.threads = 1, .spin = false});
+      const auto made = make_device_communicator(stream, std::move(hosts[rank]), [&, rank] { return nccl[rank]; },
+                                                 {.wanted = wanted,
+                                                  .gpu = module().device_facts(rank).uuid,
+                                                  .host = {},
+                                                  .nccl = {.map = map},
+                                                  .peer = {.map = map, .timed_bytes = {1 << 10}}});
+      ASSERT_TRUE(made.ok()) << made.status();
+      result[rank] = {made->choice.kind, made->choice.reason, made->communicator->on_device()};
+      made->communicator->barrier();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return result;
 }
 
 TEST(AllReduceChoice, IsMadeByAllRanksTogether) {
   FakeNccl fake(module());
-  const RankMap map = one_node({1, 1});
-  const auto kind_with = [&](const std::vector<absl::StatusOr<NcclApi>>& nccl) {
-    std::vector<AllReduce> kinds(2);
-    std::vector<std::thread> threads;
-    auto hosts = make_thread_communicators(map);
-    for (int rank = 0; rank < 2; ++rank) {
-      threads.emplace_back([&, rank] {
-        Stream stream(module(), rank, Arithmetic::kReproducible, {.threads = 1, .spin = false});
-        const auto made =
-            make_device_communicator(stream, std::move(hosts[rank]), [&, rank] { return nccl[rank]; },
-                                     {.gpu = module().device_facts(rank).uuid, .host = {}, .nccl = {.map = map}});
-        ASSERT_TRUE(made.ok()) << made.status();
-        kinds[rank] = made->choice.kind;
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    return kinds;
-  };
-  using Kinds = std::vector<AllReduce>;
-  EXPECT_EQ(kind_with({fake.api(), absl::NotFoundError("NCCL was not found")}),
-            (Kinds{AllReduce::kHost, AllReduce::kHost}));
-  EXPECT_EQ(kind_with({fake.api(), fake.api()}), (Kinds{AllReduce::kNccl, AllReduce::kNccl}));
+  const absl::Status missing = absl::NotFoundError("NCCL was not found");
+  for (const Made& made : made_with(AllReduce::kAuto, {fake.api(), missing})) {
+    EXPECT_EQ(made.kind, AllReduce::kP2p);
+    EXPECT_TRUE(made.on_device);
+    EXPECT_THAT(made.reason, HasSubstr("all-reduce over peer memory"));
+  }
+  for (const Made& made : made_with(AllReduce::kNccl, {fake.api(), fake.api()})) {
+    EXPECT_EQ(made.kind, AllReduce::kNccl);
+    EXPECT_TRUE(made.on_device);
+  }
+  for (const Made& made : made_with(AllReduce::kAuto, {fake.api(), fake.api()})) {
+    EXPECT_EQ(made.kind, AllReduce::kP2p);
+    EXPECT_THAT(made.reason, HasSubstr("other us")) << "NCCL was timed beside it";
+  }
+  for (const Made& made : made_with(AllReduce::kHost, {missing, missing})) {
+    EXPECT_EQ(made.kind, AllReduce::kHost);
+    EXPECT_FALSE(made.on_device);
+  }
 }
 
 }  // namespace

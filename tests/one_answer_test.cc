@@ -2,6 +2,7 @@
 // prompt is chunked, and on however many threads, ranks and nodes it runs.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <memory>
 #include <random>
 
@@ -20,6 +21,7 @@ struct Cell {
   std::vector<int> pretend_nodes;
   int threads = 1;
   Isa isa = best_isa();
+  DType kv_dtype = DType::kBF16;
 
   std::string name() const {
     return std::to_string(ranks) + " ranks, nodes " + absl::StrJoin(pretend_nodes, "+") + ", " +
@@ -36,7 +38,8 @@ std::unique_ptr<ThreadWorkerGroup> start(const Checkpoint& checkpoint, const Cel
   options.stream = {.threads = cell.threads, .isa = cell.isa, .spin = false};
   options.activations = activations;
   options.wrap_communicator = std::move(wrap);
-  options.memory = {.kv_memory_bytes = 64 << 20, .max_sequences = 16, .max_step_tokens = 256};
+  options.memory = {
+      .kv_memory_bytes = 64 << 20, .max_sequences = 16, .max_step_tokens = 256, .kv_dtype = cell.kv_dtype};
   options.available_bytes = int64_t{4} << 30;
   auto group = ThreadWorkerGroup::start(checkpoint, options);
   EXPECT_TRUE(group.ok()) << group.status();
@@ -245,6 +248,37 @@ TEST_P(OneAnswer, ScoresThePromptAsItSamples) {
     }
     expect_equal(expected, drive(*group, group->plan().limits, mixed, random()), cell.name());
   }
+}
+
+TEST(OneAnswerOfAnFp8Cache, OverRanksThreadsBatchesAndChunks) {
+  const RandomModel model;
+  const Checkpoint checkpoint = *Checkpoint::open(write_random_model(model));
+  const auto requests = requests_of_all_lengths(model.vocab_size);
+  const auto exact = run_alone(*start(checkpoint, {}), requests);
+  const auto expected = run_alone(*start(checkpoint, {.kv_dtype = DType::kF8E4M3}), requests);
+  EXPECT_NE(exact, expected) << "codes change bits";
+  std::mt19937_64 random(6);
+  for (const Cell& cell :
+       {Cell{.ranks = 3, .kv_dtype = DType::kF8E4M3}, Cell{.ranks = 2, .threads = 2, .kv_dtype = DType::kF8E4M3},
+        Cell{.isa = Isa::kAvx2, .kv_dtype = DType::kF8E4M3}}) {
+    if (!runs_here(cell.isa)) continue;
+    auto group = start(checkpoint, cell);
+    auto mixed = requests;
+    for (DrivenRequest& request : mixed) request.chunk = std::array{16, 100, 255}[random() % 3];
+    expect_equal(expected, drive(*group, group->plan().limits, mixed, random()), cell.name());
+  }
+}
+
+// Random scales differ from layer to layer; a cache in BF16 does not look at them.
+TEST(OneAnswerOfAnFp8Cache, UsesTheCheckpointsScalesOnAnyNumberOfRanks) {
+  RandomModel model;
+  const Checkpoint plain = *Checkpoint::open(write_random_model(model));
+  model.cache_scale = 0.02f;
+  const Checkpoint scaled = *Checkpoint::open(write_random_model(model));
+  const auto requests = requests_of_all_lengths(model.vocab_size);
+  const auto expected = run_alone(*start(scaled, {.kv_dtype = DType::kF8E4M3}), requests);
+  EXPECT_NE(expected, run_alone(*start(plain, {.kv_dtype = DType::kF8E4M3}), requests));
+  expect_equal(expected, run_alone(*start(scaled, {.ranks = 3, .kv_dtype = DType::kF8E4M3}), requests), "3 ranks");
 }
 
 TEST(OneAnswerNegativeControl, SumsInRankOrderAreCaught) {

@@ -52,6 +52,9 @@ class Writer {
     linear(prefix + "self_attn.k_proj", kv, m.hidden_size, every_linear);
     linear(prefix + "self_attn.v_proj", kv, m.hidden_size, every_linear);
     linear(prefix + "self_attn.o_proj", m.hidden_size, q, every_linear);
+    for (const char* name : {"self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"}) {
+      if (m.cache_scale > 0) floats(prefix + name, {}, m.cache_scale);
+    }
     linear(prefix + "mlp.gate_proj", m.intermediate_size, m.hidden_size, ffn);
     linear(prefix + "mlp.up_proj", m.intermediate_size, m.hidden_size, ffn);
     linear(prefix + "mlp.down_proj", m.hidden_size, m.intermediate_size, ffn);

@@ -26,6 +26,7 @@ struct RandomModel {
   int64_t vocab_size = 544;
   int64_t max_position_embeddings = 4096;
   bool tie_word_embeddings = false;
+  float cache_scale = 0;  // of keys and values of a cache in FP8, as ModelOpt writes it; 0: none is written
 };
 
 // Writes config.json, generation_config.json, model.safetensors, tokenizer.json (bytes, then added tokens) into a new

@@ -230,7 +230,7 @@ TEST(Rehearse, TakesThePresetsByLayers) {
   const ShardSpec shard = *ShardSpec::make(first_layer.config, 0, 8);
   EXPECT_EQ(report.at("bytes").at("weights"), ModelWeights::plan(first_layer, shard).total());
   EXPECT_EQ(report.at("steps")[0].at("kv_bytes"),
-            16 * KvCache::block_bytes(first_layer.config, shard) / kKvBlockTokens);
+            16 * KvCache::block_bytes(first_layer.config, shard, DType::kBF16) / kKvBlockTokens);
 }
 
 struct Mistake {

@@ -50,7 +50,7 @@ absl::StatusOr<RankBytes> bytes_without_cache(const WeightFormats& formats, cons
         options.device == Device::kCpu
             ? 0
             : DecodeBatch::bytes(std::min<int64_t>(options.max_sequences, bounds.logit_rows()), max_context) +
-                  KvCache::padding_blocks(options.device) * KvCache::block_bytes(config, *shard) +
+                  KvCache::padding_blocks(options.device) * KvCache::block_bytes(config, *shard, options.kv_dtype) +
                   DeviceSampler::bytes(bounds.logit_rows(), config.vocab_size);
     return StepScratch::bytes(config, *shard, bounds) +
            PlacedBatch::bytes(options.max_step_tokens, options.max_sequences, max_context) + of_gpus +
@@ -85,7 +85,7 @@ absl::StatusOr<MemoryPlan> plan_memory(const WeightFormats& formats, const Memor
         bytes_without_cache(formats, options, rank, size, ranks[rank].threads);
     if (!without_cache.ok()) return without_cache.status();
     const RankBytes& bytes = *without_cache;
-    block_bytes.push_back(KvCache::block_bytes(config, *ShardSpec::make(config, rank, size)));
+    block_bytes.push_back(KvCache::block_bytes(config, *ShardSpec::make(config, rank, size), options.kv_dtype));
     const int64_t usable = static_cast<int64_t>(options.usable_share * static_cast<double>(ranks[rank].memory_bytes));
     const int64_t left = usable - bytes.total();
     const int64_t kv_bytes = options.kv_memory_bytes.value_or(

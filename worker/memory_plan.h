@@ -24,6 +24,7 @@ struct MemoryOptions {
   int64_t default_contexts = kDefaultContexts;
   Device device = Device::kCpu;                       // that ranks compute on
   int64_t window_bytes = 0;                           // this rank's part of the collective window
+  DType kv_dtype = DType::kBF16;                      // or kF8E4M3: half the bytes, so twice the tokens
   Arithmetic arithmetic = Arithmetic::kReproducible;  // how many partial results the sums over ranks take
   double usable_share = 0.92;  // of the memory that is available; the rest is for the operating system, MPI and gRPC
   // Stands for the scratch of a rank whose scratch is not counted byte by byte.

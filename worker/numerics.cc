@@ -12,9 +12,11 @@ std::string family_of(const cuda::DeviceFacts& gpu, Arithmetic arithmetic, int r
   return arithmetic == Arithmetic::kFast ? absl::StrFormat("%s-fast-ranks%d", family, ranks) : family;
 }
 
-std::string numerics_id(const ModelConfig& config, const std::string& family, ActivationMode activations) {
-  return absl::StrFormat("octet%d-%s-slices%d-%s-kvbf16", kArithmeticVersion, family, config.num_key_value_heads,
-                         activations == ActivationMode::kFP8 ? "w8a8" : "w8a16");
+std::string numerics_id(const ModelConfig& config, const std::string& family, ActivationMode activations,
+                        DType kv_dtype) {
+  return absl::StrFormat("octet%d-%s-slices%d-%s-%s", kArithmeticVersion, family, config.num_key_value_heads,
+                         activations == ActivationMode::kFP8 ? "w8a8" : "w8a16",
+                         kv_dtype == DType::kF8E4M3 ? "kvfp8" : "kvbf16");
 }
 
 }  // namespace octet

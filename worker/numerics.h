@@ -19,6 +19,7 @@ constexpr int kArithmeticVersion = 1;
 std::string family_of(Isa isa);
 std::string family_of(const cuda::DeviceFacts& gpu, Arithmetic arithmetic, int ranks);
 
-std::string numerics_id(const ModelConfig& config, const std::string& family, ActivationMode activations);
+std::string numerics_id(const ModelConfig& config, const std::string& family, ActivationMode activations,
+                        DType kv_dtype);
 
 }  // namespace octet

@@ -157,7 +157,6 @@ T __shfl_xor_sync(unsigned lanes, T value, int change) {
   return value;
 }
 
-inline unsigned __ballot_sync(unsigned lanes, bool yes) { return cuda_emulation::vote(lanes, yes); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 

@@ -70,22 +70,26 @@ const char* name_of(AllReduce kind) {
   return "?";
 }
 
-absl::StatusOr<AllReduceChoice> choose_all_reduce(AllReduce wanted, std::span<const DeviceFactsOfRank> ranks) {
-  if (ranks.size() == 1) return AllReduceChoice{AllReduce::kHost, "a single rank has nobody to meet"};
-  if (wanted == AllReduce::kHost) return AllReduceChoice{AllReduce::kHost, "asked for"};
+absl::StatusOr<AllReduceChoice> choose_all_reduce(AllReduce wanted, std::span<const DeviceFactsOfRank> ranks,
+                                                  int nodes) {
+  if (ranks.size() == 1) return AllReduceChoice{.reason = "a single rank has nobody to meet"};
+  if (wanted == AllReduce::kHost) return AllReduceChoice{.reason = "asked for"};
   if (wanted == AllReduce::kP2p) {
+    if (nodes == 1) return AllReduceChoice{.kind = AllReduce::kP2p, .reason = "asked for"};
     return absl::FailedPreconditionError(
-        "--allreduce p2p is not part of this build: leave it out, or name nccl or host");
+        absl::StrCat("--allreduce p2p: the ranks are on ", nodes,
+                     " nodes, and GPUs read one another's memory inside a node only: name nccl or host"));
   }
   const std::string against = reason_against_nccl(ranks);
-  if (against.empty()) {
-    return AllReduceChoice{AllReduce::kNccl,
-                           wanted == AllReduce::kNccl
-                               ? "asked for"
-                               : absl::StrCat("each rank has a GPU of its own, and NCCL ", ranks[0].nccl_version)};
+  if (wanted == AllReduce::kNccl) {
+    if (against.empty()) return AllReduceChoice{.kind = AllReduce::kNccl, .reason = "asked for"};
+    return absl::FailedPreconditionError(absl::StrCat("--allreduce nccl: ", against));
   }
-  if (wanted == AllReduce::kNccl) return absl::FailedPreconditionError(absl::StrCat("--allreduce nccl: ", against));
-  return AllReduceChoice{AllReduce::kHost, against};
+  const AllReduce library = against.empty() ? AllReduce::kNccl : AllReduce::kHost;
+  const std::string why =
+      against.empty() ? absl::StrCat("each rank has a GPU of its own, and NCCL ", ranks[0].nccl_version) : against;
+  if (nodes > 1) return AllReduceChoice{.kind = library, .reason = why};
+  return AllReduceChoice{.kind = AllReduce::kP2p, .fallback = library, .reason = why};
 }
 
 absl::StatusOr<DeviceCommunicator> make_device_communicator(Stream& stream, std::unique_ptr<Communicator> host,
@@ -100,16 +104,33 @@ absl::StatusOr<DeviceCommunicator> make_device_communicator(Stream& stream, std:
   } else {
     mine.nccl_error = std::string(nccl.status().message());
   }
-  absl::StatusOr<AllReduceChoice> choice = choose_all_reduce(options.wanted, gather(*host, mine));
+  absl::StatusOr<AllReduceChoice> choice =
+      choose_all_reduce(options.wanted, gather(*host, mine), options.nccl.map.nodes());
   if (!choice.ok()) return choice.status();
-  if (choice->kind == AllReduce::kNccl) {
-    auto communicator = make_nccl_communicator(*nccl, stream, std::move(host), options.nccl);
-    if (!communicator.ok()) return communicator.status();
-    return DeviceCommunicator{*std::move(communicator), *std::move(choice)};
+  if (host->size() == 1) return DeviceCommunicator{std::move(host), *std::move(choice)};  // it sums where it computes
+
+  std::unique_ptr<Communicator> communicator = std::move(host);
+  if (choice->kind == AllReduce::kNccl || choice->fallback == AllReduce::kNccl) {
+    auto made = make_nccl_communicator(*nccl, stream, std::move(communicator), options.nccl);
+    if (!made.ok()) return made.status();
+    communicator = *std::move(made);
   }
-  // One rank alone sums where it computes.
-  if (host->size() > 1) host = std::make_unique<StagedCommunicator>(std::move(host), options.host);
-  return DeviceCommunicator{std::move(host), *std::move(choice)};
+  if (choice->kind == AllReduce::kP2p) {
+    PeerCommunicatorOptions peer = options.peer;
+    peer.inner_sums_on_device = choice->fallback == AllReduce::kNccl;
+    auto made = make_peer_communicator(stream, communicator, peer);
+    if (made.ok()) {
+      choice->reason = (*made)->report();
+      return DeviceCommunicator{*std::move(made), *std::move(choice)};
+    }
+    if (choice->fallback == AllReduce::kP2p) return made.status();
+    choice->kind = choice->fallback;
+    choice->reason = std::string(made.status().message());
+  }
+  if (choice->kind == AllReduce::kHost) {
+    communicator = std::make_unique<StagedCommunicator>(std::move(communicator), options.host);
+  }
+  return DeviceCommunicator{std::move(communicator), *std::move(choice)};
 }
 
 }  // namespace octet

@@ -11,6 +11,7 @@
 #include "kernels/memory.h"
 #include "worker/collective/communicator.h"
 #include "worker/collective/nccl_communicator.h"
+#include "worker/collective/peer_communicator.h"
 
 namespace octet {
 
@@ -27,19 +28,26 @@ struct DeviceFactsOfRank {
 };
 
 struct AllReduceChoice {
-  AllReduce kind = AllReduce::kHost;  // never kAuto
-  std::string reason;                 // "each rank has a GPU of its own", for the log
+  AllReduce kind = AllReduce::kHost;     // never kAuto; kP2p: if that memory can be read, else fallback
+  AllReduce fallback = AllReduce::kP2p;  // of kP2p: kNccl, which then also gets the messages for which it is faster, or
+                                         // kHost; kP2p: none, as it was asked for by name
+  std::string reason;                    // "each rank has a GPU of its own", for the log
 };
 
 // Pure, and so the same on every rank. FAILED_PRECONDITION: what was asked for by name cannot be; with the remedy.
-absl::StatusOr<AllReduceChoice> choose_all_reduce(AllReduce wanted, std::span<const DeviceFactsOfRank> ranks);
+absl::StatusOr<AllReduceChoice> choose_all_reduce(AllReduce wanted, std::span<const DeviceFactsOfRank> ranks,
+                                                  int nodes);
 
 struct DeviceCommunicatorOptions {
   AllReduce wanted = AllReduce::kAuto;
   std::string gpu;          // this rank's uuid
   Stream::CpuOptions host;  // what sums on the host, where that is the way
   NcclOptions nccl;
+  PeerCommunicatorOptions peer;  // inner_sums_on_device is not looked at
 };
+
+// Device memory of a communicator at most: windows and scratch.
+constexpr int64_t kDeviceCommunicatorBytes = 2 * PeerCommunicatorOptions::kAreaBytes + NcclOptions::kScratchBytes;
 
 struct DeviceCommunicator {
   std::unique_ptr<Communicator> communicator;

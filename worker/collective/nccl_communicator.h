@@ -23,7 +23,8 @@ namespace octet {
 struct NcclOptions {
   RankMap map;  // the leaves of each rank, as ShardSpec::leaves_of() has them
   // For what other ranks' pieces are received into, so that a long message is cut; on the device.
-  int64_t scratch_bytes = int64_t{16} << 20;
+  static constexpr int64_t kScratchBytes = int64_t{16} << 20;
+  int64_t scratch_bytes = kScratchBytes;
 
   // All ranks together, until a first sum has passed.
   std::chrono::milliseconds join_deadline{60'000};

@@ -24,7 +24,8 @@ namespace octet {
 struct PeerCommunicatorOptions {
   RankMap map;  // the leaves of each rank; one node
   // Of each of a window's two areas on the device. Longer messages are cut.
-  int64_t area_bytes = int64_t{8} << 20;
+  static constexpr int64_t kAreaBytes = int64_t{8} << 20;
+  int64_t area_bytes = kAreaBytes;
   // Of a kernel that waits for another rank: far longer than any step, as ranks may reach a sum that far apart.
   std::chrono::milliseconds wait_deadline{60'000};
   // Whether the inner communicator can sum on the device too (NCCL): then it gets the messages for which it is faster.

@@ -265,7 +265,7 @@ void Transformer::embed() {
 
 void Transformer::attention_block(int64_t index, const KvCache& cache) {
   const LayerWeights& layer = weights_.layers[index];
-  const KvLayer kv = cache.layer(index);
+  const KvLayer kv = cache.layer(index, layer.key_scale, layer.value_scale);
   const Shape q_shape{tokens_, shard_.heads(), config_.head_dim},
       kv_shape{tokens_, shard_.kv_heads(), config_.head_dim};
   const Tensor q = scratch_.queries_f32.rows(0, tokens_), k = scratch_.keys_f32.rows(0, tokens_),

@@ -1,6 +1,7 @@
 #include "worker/model/weights.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "absl/status/status.h"
@@ -284,6 +285,27 @@ absl::Status fill(Stream& stream, const WeightFormats& formats, const ShardSpec&
   return status;
 }
 
+// The scale of a layer's cached keys ("k") or values ("v"), under any of the names that writers give it; 1 without.
+absl::Status read_cache_scale(const Checkpoint& checkpoint, size_t layer, const char* which, float* out) {
+  const std::string attention = absl::StrCat("model.layers.", layer, ".self_attn.");
+  for (const std::string& name : {absl::StrCat(attention, which, "_proj.", which, "_scale"),
+                                  absl::StrCat(attention, which, "_scale"), absl::StrCat(attention, "kv_scale")}) {
+    const TensorInfo* const info = checkpoint.find(name);
+    if (info == nullptr) continue;
+    const absl::StatusOr<std::vector<float>> values = checkpoint.read_f32(*info);
+    if (!values.ok()) return values.status();
+    if (values->size() != 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, " has ", values->size(), " values, expected one for the layer: use --kv-dtype bf16"));
+    }
+    *out = values->front();
+    if (*out > 0 && std::isfinite(*out)) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, " is ", *out, ", expected a positive number: use --kv-dtype bf16"));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 WeightBytes ModelWeights::plan(const WeightFormats& formats, const ShardSpec& shard) {
@@ -301,6 +323,12 @@ absl::StatusOr<ModelWeights> ModelWeights::load(Stream& stream, const Checkpoint
   ModelWeights weights;
   absl::Status status =
       fill(stream, weight_formats(checkpoint), shard, values, options.progress, &weights, &weights.memory_);
+  const size_t scaled = options.kv_dtype == DType::kF8E4M3 ? weights.layers.size() : 0;
+  for (size_t i = 0; status.ok() && i < scaled; ++i) {
+    LayerWeights& layer = weights.layers[i];
+    status = read_cache_scale(checkpoint, i, "k", &layer.key_scale);
+    if (status.ok()) status = read_cache_scale(checkpoint, i, "v", &layer.value_scale);
+  }
   if (!status.ok()) return status;
   return weights;
 }

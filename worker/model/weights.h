@@ -20,8 +20,9 @@ namespace octet {
 struct LayerWeights {
   Tensor input_layernorm;  // [hidden] F32
   Linear q_proj, k_proj, v_proj;
-  Linear o_proj;                    // columns of this rank's query heads
-  Tensor post_attention_layernorm;  // [hidden] F32
+  Linear o_proj;                               // columns of this rank's query heads
+  float key_scale = 1.0f, value_scale = 1.0f;  // of a cache in FP8
+  Tensor post_attention_layernorm;             // [hidden] F32
   Linear gate_proj, up_proj;
   Linear down_proj;  // columns of this rank's feed-forward range
 };
@@ -42,6 +43,7 @@ using ShardProgress = std::function<void(int64_t, int64_t)>;
 
 struct LoadOptions {
   ActivationMode activations = ActivationMode::kBF16;
+  DType kv_dtype = DType::kBF16;  // kF8E4M3: the scales of such a cache are read too
   ShardProgress progress;
 };
 
