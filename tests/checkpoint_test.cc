@@ -350,7 +350,7 @@ TEST(Checkpoint, IgnoresWhatWritersLeaveBehind) {
   model.tensors["model.layers.0.self_attn.v_scale"] = {"F32", {}, one_float(1)};
   absl::StatusOr<Checkpoint> checkpoint = open(model);
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
-  EXPECT_TRUE(warns(*checkpoint, "KV cache (2 tensors)"));
+  EXPECT_TRUE(warns(*checkpoint, "FP8 KV cache (2 scales)"));
   EXPECT_EQ(checkpoint->linear_format("model.layers.0.mlp.up_proj")->input_scale, nullptr);
 }
 
