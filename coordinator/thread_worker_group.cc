@@ -82,8 +82,8 @@ class Rank {
   }
 
   const ShardSpec shard_;
-  std::unique_ptr<Communicator> communicator_;
   std::optional<Stream> stream_;
+  std::unique_ptr<Communicator> communicator_;
   std::optional<ModelWeights> weights_;
   std::optional<Worker> worker_;
 

@@ -43,7 +43,8 @@ const std::vector<Library>& libraries() {
                   ".*|tests/.*")},
       {"protobuf", std::regex("google/(protobuf|rpc)/.*|.*\\.pb\\.h"),
        std::regex("worker/(worker_service|step_wire).*|"
-                  "coordinator/(rpc_.*|.*_service|token_auth|server.*|generate_.*|openai_.*|batch_line|batch/batch_runner)\\..*|launch/.*|tests/.*")},
+                  "coordinator/(rpc_.*|.*_service|token_auth|server.*|generate_.*|openai_.*|batch_line|batch/"
+                  "batch_runner)\\..*|launch/.*|tests/.*")},
       {"prometheus-cpp", std::regex("prometheus/.*|civetweb\\.h|CivetServer\\.h"),
        std::regex("coordinator/metrics\\..*|tests/.*")},
       {"PCRE2", std::regex("pcre2.*\\.h"), std::regex("coordinator/text/.*|tests/.*")},

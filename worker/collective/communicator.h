@@ -25,8 +25,7 @@ class Communicator {
   virtual void all_gather(const void* mine, std::span<const int64_t> bytes_of_rank, void* all) = 0;
 
   // all_gather() on the memory of the stream's device, in the stream's order.
-  virtual void gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank,
-                          const Tensor& all) {
+  virtual void gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank, const Tensor& all) {
     OCTET_CHECK(stream.device() == Device::kCpu, "this communicator gathers in the host's memory");
     all_gather(mine.data(), bytes_of_rank, all.data());
   }
@@ -46,8 +45,8 @@ class Communicator {
   }
 
   // Whether a collective is work of the stream alone, which needs nothing of the host: steps may then be recorded as
-  // graphs.
-  virtual bool on_device() const { return false; }
+  // graphs. A rank that is alone meets nobody.
+  virtual bool on_device() const { return size() == 1; }
 
   virtual void barrier() = 0;
 };

@@ -14,7 +14,7 @@ Tensor staging_of(const Tensor& there, Buffer* buffer) {
 }  // namespace
 
 void StagedCommunicator::gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank,
-                                    const Tensor& all) {
+                                const Tensor& all) {
   if (size() == 1) return copy(stream, mine, all);
   const Tensor my_mine = staging_of(mine, &mine_), my_all = staging_of(all, &all_);
   copy(stream, mine, my_mine);

@@ -20,11 +20,8 @@ class StagedCommunicator final : public Communicator {
   void all_gather(const void* mine, std::span<const int64_t> bytes_of_rank, void* all) override {
     inner_->all_gather(mine, bytes_of_rank, all);
   }
-  void gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank,
-                  const Tensor& all) override;
+  void gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank, const Tensor& all) override;
   void reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) override;
-  // A rank that is alone meets nobody.
-  bool on_device() const override { return size() == 1; }
   void barrier() override { inner_->barrier(); }
 
  private:

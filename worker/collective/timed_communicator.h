@@ -14,7 +14,8 @@ class TimedCommunicator final : public Communicator {
   // Both outlive it. recorder: null, nobody records.
   TimedCommunicator(Communicator& inner, FlightRecorder* recorder) : inner_(inner), recorder_(recorder) {}
 
-  // Inside collectives since the beginning, waiting for other ranks included.
+  // Inside collectives since the beginning, waiting for other ranks included; of those that are on_device() only what
+  // it takes to queue them.
   double seconds() const { return std::chrono::duration<double>(spent_).count(); }
 
   int rank() const override { return inner_.rank(); }
@@ -23,8 +24,7 @@ class TimedCommunicator final : public Communicator {
     const int64_t bytes = std::accumulate(bytes_of_rank.begin(), bytes_of_rank.end(), int64_t{0});
     timed(FlightEvent::kAllGather, bytes, [&] { inner_.all_gather(mine, bytes_of_rank, all); });
   }
-  void gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank,
-                  const Tensor& all) override {
+  void gather(Stream& stream, const Tensor& mine, std::span<const int64_t> bytes_of_rank, const Tensor& all) override {
     timed(FlightEvent::kAllGather, all.bytes(), [&] { inner_.gather(stream, mine, bytes_of_rank, all); });
   }
   void reduce_over_slices(Stream& stream, const Tensor& partials, const Tensor& residual) override {
