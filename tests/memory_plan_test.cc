@@ -5,6 +5,7 @@
 
 #include "absl/strings/match.h"
 #include "coordinator/thread_worker_group.h"
+#include "kernels/cuda/module.h"
 #include "tests/random_model.h"
 #include "worker/sampler.h"
 
@@ -52,6 +53,17 @@ TEST_F(MemoryPlanTest, CountsASamplerForEachThread) {
     return plan_memory(weight_formats(checkpoint_), {}, {{.memory_bytes = kGiB, .threads = threads}})->ranks[0].scratch;
   };
   EXPECT_EQ(scratch(3) - scratch(1), 2 * Sampler::bytes(checkpoint_.config().vocab_size));
+}
+
+TEST_F(MemoryPlanTest, CountsOnAGpuOnlyWhatLiesThere) {
+  const auto scratch = [&](int threads, Arithmetic arithmetic) {
+    return plan_memory(weight_formats(checkpoint_), {.device = Device::kCuda, .arithmetic = arithmetic},
+                       {{.memory_bytes = kGiB, .threads = threads}})
+        ->ranks[0]
+        .scratch;
+  };
+  EXPECT_EQ(scratch(3, Arithmetic::kReproducible), scratch(1, Arithmetic::kReproducible)) << "samplers are the host's";
+  EXPECT_GT(scratch(1, Arithmetic::kFast), cuda::kWorkspaceBytes);
 }
 
 TEST_F(MemoryPlanTest, ShortensTheContextToWhatTheCacheHolds) {

@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "kernels/cuda/module.h"
 #include "worker/decode_batch.h"
 #include "worker/device_sampler.h"
 #include "worker/kv_cache.h"
@@ -46,15 +47,15 @@ absl::StatusOr<RankBytes> bytes_without_cache(const WeightFormats& formats, cons
                             .arithmetic = options.arithmetic,
                             .max_tokens = options.max_step_tokens,
                             .max_sequences = options.max_sequences};
-    const int64_t of_gpus =  // recorded steps with their padding, and choices
-        options.device == Device::kCpu
-            ? 0
-            : DecodeBatch::bytes(std::min<int64_t>(options.max_sequences, bounds.logit_rows()), max_context) +
-                  KvCache::padding_blocks(options.device) * KvCache::block_bytes(config, *shard, options.kv_dtype) +
-                  DeviceSampler::bytes(bounds.logit_rows(), config.vocab_size);
-    return StepScratch::bytes(config, *shard, bounds) +
-           PlacedBatch::bytes(options.max_step_tokens, options.max_sequences, max_context) + of_gpus +
-           threads * Sampler::bytes(config.vocab_size) + options.window_bytes;
+    const int64_t of_steps = StepScratch::bytes(config, *shard, bounds) +
+                             PlacedBatch::bytes(options.max_step_tokens, options.max_sequences, max_context) +
+                             options.window_bytes;
+    if (options.device == Device::kCpu) return of_steps + threads * Sampler::bytes(config.vocab_size);
+    const int64_t recorded =
+        DecodeBatch::bytes(bounds.recorded_sequences(), max_context) +
+        KvCache::padding_blocks(options.device) * KvCache::block_bytes(config, *shard, options.kv_dtype);
+    const int64_t workspace = options.arithmetic == Arithmetic::kFast ? cuda::kWorkspaceBytes : 0;
+    return of_steps + recorded + DeviceSampler::bytes(bounds.logit_rows(), config.vocab_size) + workspace;
   };
   return RankBytes{.weights = ModelWeights::plan(formats, *shard),
                    .scratch = options.reserve_bytes ? *options.reserve_bytes : scratch()};

@@ -22,7 +22,7 @@ struct MemoryOptions {
   int32_t max_sequences = 64;          // slots
   int32_t max_step_tokens = 512;
   int64_t default_contexts = kDefaultContexts;
-  Device device = Device::kCpu;                       // that ranks compute on
+  Device device = Device::kCpu;                       // that ranks compute on, whose memory is planned
   int64_t window_bytes = 0;                           // this rank's part of the collective window
   DType kv_dtype = DType::kBF16;                      // or kF8E4M3: half the bytes, so twice the tokens
   Arithmetic arithmetic = Arithmetic::kReproducible;  // how many partial results the sums over ranks take
@@ -40,7 +40,7 @@ struct RankResources {
 // One rank's bytes.
 struct RankBytes {
   WeightBytes weights;
-  int64_t scratch = 0;  // activations, logits, samplers, batches and the collective window; or the reserve
+  int64_t scratch = 0;  // activations, logits, samplers, batches, workspace, the collective window; or the reserve
   int64_t kv_cache = 0;
   int64_t total() const { return weights.total() + scratch + kv_cache; }
 };

@@ -58,7 +58,7 @@ StepScratch::Layout StepScratch::device_layout(const ModelConfig& config, const 
   auto f32 = [](Shape shape) { return Tensor(nullptr, DType::kF32, shape); };
   auto bf16 = [](Shape shape) { return Tensor(nullptr, DType::kBF16, shape); };
   return {{&residual, bf16({t, hidden})},
-          {&arrived, bf16({alone ? 0 : std::max(t, shard.ranks() * bounds.max_sequences), hidden})},
+          {&arrived, bf16({alone ? 0 : std::max(t, shard.ranks() * bounds.recorded_sequences()), hidden})},
           {&normed, bf16({t, hidden})},
           {&cos_sin, f32({t, config.head_dim / 2, 2})},
           {&queries_f32, f32({t, q})},
@@ -96,7 +96,8 @@ int64_t StepScratch::bytes(const Layout& layout) {
 
 int64_t StepScratch::bytes(const ModelConfig& config, const ShardSpec& shard, const StepBounds& bounds) {
   StepScratch unplaced;
-  return bytes(unplaced.device_layout(config, shard, bounds)) + bytes(unplaced.host_layout(config, shard, bounds));
+  const int64_t on_device = bytes(unplaced.device_layout(config, shard, bounds));
+  return bounds.device == Device::kCpu ? on_device + bytes(unplaced.host_layout(config, shard, bounds)) : on_device;
 }
 
 void StepScratch::place(const Layout& layout, const Buffer& memory, Device device) {
@@ -164,7 +165,7 @@ const Transformer::RecordedStep* Transformer::recorded_for(const StepBatch& batc
 // Each is run once before it is recorded, all padding: what ops prepare for their first time is then there.
 void Transformer::record_decode(const KvCache& cache, const std::function<void(const Tensor&)>& then,
                                 const std::function<void(int64_t, int64_t)>& progress) {
-  const int64_t most = std::min<int64_t>(limits_.slots, logit_rows());
+  const int64_t most = bounds_.recorded_sequences();
   decode_batch_.emplace(stream_, most, limits_.max_context, cache.padding_block());
   const std::vector<int64_t> buckets = decode_buckets(most);
   for (const int64_t sequences : buckets) {

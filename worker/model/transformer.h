@@ -39,12 +39,14 @@ struct StepBounds {
   int64_t logit_rows() const {
     return device == Device::kCpu ? kLogitRows : std::clamp<int64_t>(max_sequences, kLogitRows, 256);
   }
+  // The most that a recorded step has: all its rows of logits are computed at once. On a CPU nothing is recorded.
+  int64_t recorded_sequences() const { return device == Device::kCpu ? 0 : std::min(max_sequences, logit_rows()); }
 };
 
 // One rank's scratch of a step, allocated once. Comments give shapes for T = max_tokens, L = logit_rows(); a step uses
 // the first rows.
 struct StepScratch {
-  // Bytes that the constructor allocates.
+  // Bytes that the constructor allocates where the steps run.
   static int64_t bytes(const ModelConfig& config, const ShardSpec& shard, const StepBounds& bounds);
   // Where `stream`, which outlives it, computes. REQUIRES: bounds are of that device.
   StepScratch(const Stream& stream, const ModelConfig& config, const ShardSpec& shard, const StepBounds& bounds);
