@@ -78,8 +78,7 @@ void add_compute_options(CLI::App& command, RuntimeOptions* options) {
             options->activations = name == "fp8" ? ActivationMode::kFP8 : ActivationMode::kBF16;
           },
           "Inputs of FP8 layers: bf16 (W8A16), or fp8 as the checkpoint's recipe says (W8A8) [bf16: exacter, and as "
-          "fast "
-          "on a CPU]")
+          "fast on a CPU]")
       ->check(CLI::IsMember({"bf16", "fp8"}));
   command
       .add_option_function<std::string>(

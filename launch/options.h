@@ -29,7 +29,7 @@ void add_all_reduce_option(CLI::App& command, AllReduce* all_reduce);
 // --device, --reproducible and --fast; *arithmetic is the default.
 void add_device_options(CLI::App& command, Device* device, Arithmetic* arithmetic);
 void add_memory_options(CLI::App& command, MemoryOptions* options);
-// --threads, --isa and --activations.
+// --threads, --isa, --activations and --kv-dtype.
 void add_compute_options(CLI::App& command, RuntimeOptions* options);
 // --model, and both groups above.
 void add_runtime_options(CLI::App& command, RuntimeOptions* options);

@@ -74,7 +74,7 @@ class Rank {
   int live() {
     // Each phase ends with agree(): what fails on one rank fails on all, before anyone waits for it.
     for (auto phase : {&Rank::open_device, &Rank::open_model, &Rank::plan, &Rank::prepare, &Rank::open_flight,
-                       &Rank::load, &Rank::open_plan_streams}) {
+                       &Rank::load, &Rank::record_steps, &Rank::open_plan_streams}) {
       if (const absl::Status status = bootstrap_.agree((this->*phase)()); !status.ok()) {
         if (leads()) log_line(LogLevel::kError, std::string(status.message()));  // the same on every rank: one says it
         return absl::IsUnavailable(status) ? options_.lost : options_.refused;
@@ -98,12 +98,12 @@ class Rank {
 
   bool leads() const { return bootstrap_.rank() == 0; }
   std::string family() const {
-    return gpu_ ? family_of(*gpu_, arithmetic(), bootstrap_.size()) : family_of(options_.runtime.isa);
+    return device_.gpu ? family_of(*device_.gpu, arithmetic(), bootstrap_.size()) : family_of(options_.runtime.isa);
   }
   std::string id_of_numerics() const {
     return numerics_id(checkpoint_->config(), family(), options_.runtime.activations, options_.runtime.memory.kv_dtype);
   }
-  Arithmetic arithmetic() const { return gpu_ ? options_.arithmetic : Arithmetic::kReproducible; }
+  Arithmetic arithmetic() const { return arithmetic_on(device_, options_.arithmetic); }
 
   // The last resort: a rank inside a collective whose peers are gone never comes back, so its process ends here.
   [[noreturn]] void end_process(const absl::Status& cause) const {
@@ -144,21 +144,26 @@ class Rank {
   }
 
   absl::Status open_device() {
-    if (options_.device == Device::kCpu) return absl::OkStatus();
+    if (options_.device == Device::kCpu) return check_cpu_options();
     if (absl::Status status = bootstrap_.agree(find_gpu()); !status.ok()) return status;
     compare_gpus();
     return absl::OkStatus();
+  }
+
+  absl::Status check_cpu_options() const {
+    if (options_.all_reduce == AllReduce::kAuto || options_.all_reduce == AllReduce::kHost) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat("--allreduce ", name_of(options_.all_reduce),
+                                                   " is how GPUs sum, and these ranks are CPUs, which meet in the "
+                                                   "host's memory: leave it out, or add --device cuda"));
   }
 
   absl::Status find_gpu() {
     absl::StatusOr<OpenDevice> device =
         octet::open_device(options_.device, bootstrap_.local_rank(), bootstrap_.local_size());
     if (!device.ok()) return device.status();
-    module_ = device->module;
-    gpu_number_ = device->index;
-    gpu_ = device->gpu;
-    gpu_view_.visible = device->visible;
-    gpu_view_.uuid = gpu_->uuid;
+    device_ = *std::move(device);
+    gpu_view_.visible = device_.visible;
+    gpu_view_.uuid = device_.gpu->uuid;
     return absl::OkStatus();
   }
 
@@ -228,8 +233,7 @@ class Rank {
     shard_ = *shard;
     absl::StatusOr<int64_t> memory = bootstrap_.own_memory();
     if (!memory.ok()) return memory.status();
-    if (gpu_)
-      memory = gpu_->memory_bytes / ranks_on_gpu_ - (arithmetic() == Arithmetic::kFast ? cuda::kWorkspaceBytes : 0);
+    if (device_.gpu) memory = device_.gpu->memory_bytes / ranks_on_gpu_;
     threads_ = options_.runtime.threads.value_or(bootstrap_.own_cores());
     const std::vector<uint64_t> memories = bootstrap_.all_gather(static_cast<uint64_t>(*memory));
     const std::vector<uint64_t> threads = bootstrap_.all_gather(static_cast<uint64_t>(threads_));
@@ -239,7 +243,7 @@ class Rank {
     }
     MemoryOptions options = options_.runtime.memory;
     options.device = options_.device;
-    options.window_bytes = gpu_ ? kDeviceCommunicatorBytes : 2 * kDefaultAreaBytes;
+    options.window_bytes = device_.gpu ? kDeviceCommunicatorBytes : 2 * kDefaultAreaBytes;
     options.arithmetic = arithmetic();
     absl::StatusOr<MemoryPlan> plan = plan_memory(weight_formats(*checkpoint_), options, ranks);
     if (!plan.ok()) return plan.status();
@@ -266,7 +270,7 @@ class Rank {
                       .numerics_id = id_of_numerics(),
                       .ranks = bootstrap_.size(),
                       .threads_per_rank = threads_,
-                      .device = gpu_ ? "cuda" : "cpu",
+                      .device = device_.gpu ? "cuda" : "cpu",
                       .isa = name_of(options_.runtime.isa),
                       .reproducible = arithmetic() == Arithmetic::kReproducible},
             .plan = *plan_,
@@ -282,11 +286,9 @@ class Rank {
     recorder_->note(FlightEvent::kLoad);
     const bool spin = bootstrap_.each_thread_has_a_core(threads_);
     const Stream::CpuOptions host{.threads = threads_, .isa = options_.runtime.isa, .spin = spin};
-    if (module_ == nullptr) {
-      stream_.emplace(host);
-    } else {
-      stream_.emplace(*module_, gpu_number_, arithmetic(), host);
-      const std::string lacks = module_->lacks(stream_->queue());
+    stream_ = open_stream(device_, arithmetic(), host);
+    if (device_.gpu) {
+      const std::string lacks = device_.module->lacks(stream_->queue());
       if (bootstrap_.local_rank() == 0 && !lacks.empty()) log_line(LogLevel::kWarning, "GPUs here do without " + lacks);
     }
     MpiCommunicatorOptions window{.wait = {.spin = spin}};
@@ -297,7 +299,7 @@ class Rank {
     absl::StatusOr<std::unique_ptr<Communicator>> communicator = make_mpi_communicator(window);
     if (!communicator.ok()) return communicator.status();
     communicator_ = *std::move(communicator);
-    if (gpu_) {
+    if (device_.gpu) {
       if (absl::Status status = join_gpus(window.map, host); !status.ok()) return status;
     }
     LoadOptions load{.activations = options_.runtime.activations, .kv_dtype = options_.runtime.memory.kv_dtype};
@@ -314,11 +316,12 @@ class Rank {
         *stream_, *communicator_, checkpoint_->config(), *shard_, *weights_,
         KvCache(*stream_, checkpoint_->config(), *shard_, options_.runtime.memory.kv_dtype, plan_->limits.blocks),
         plan_->limits, recorder_.get());
-    if (gpu_) record_steps();
     return absl::OkStatus();
   }
 
-  void record_steps() {
+  // A phase of its own: it is collective, and a rank whose weights did not load would not come.
+  absl::Status record_steps() {
+    if (!device_.gpu) return absl::OkStatus();
     std::optional<Progress> progress;
     if (leads() && options_.log_format == LogFormat::kText) {
       progress.emplace("Recording decode steps", [](int64_t steps) { return absl::StrFormat("%d", steps); });
@@ -329,9 +332,11 @@ class Rank {
       if (progress) progress->update(done, total);
     });
     if (progress) progress->clear();
-    if (!leads()) return;
-    log(status.ok() ? absl::StrFormat("%d sizes of decode steps run as CUDA graphs", recorded)
-                    : std::string(status.message()));
+    if (leads()) {
+      log(status.ok() ? absl::StrFormat("%d sizes of decode steps run as CUDA graphs", recorded)
+                      : std::string(status.message()));
+    }
+    return absl::OkStatus();
   }
 
   absl::Status join_gpus(const RankMap& map, const Stream::CpuOptions& host) {
@@ -350,7 +355,7 @@ class Rank {
     absl::StatusOr<DeviceCommunicator> device =
         make_device_communicator(*stream_, std::move(communicator_), [] { return open_nccl(environment); },
                                  {.wanted = options_.all_reduce,
-                                  .gpu = gpu_->uuid,
+                                  .gpu = device_.gpu->uuid,
                                   .host = host,
                                   .nccl = std::move(nccl),
                                   .peer = std::move(peer)});
@@ -444,15 +449,13 @@ class Rank {
   Leader* const leader_;
   std::string flight_directory_;
   std::unique_ptr<FlightRecorder> recorder_;
-  const cuda::ModuleTable* module_ = nullptr;  // with --device cuda
-  std::optional<cuda::DeviceFacts> gpu_;       // this rank's, likewise
-  int gpu_number_ = 0;                         // among those that it sees
+  OpenDevice device_;
   GpuView gpu_view_;
   int64_t ranks_on_gpu_ = 1;
   std::optional<Checkpoint> checkpoint_;
   std::optional<ShardSpec> shard_;
   std::optional<MemoryPlan> plan_;
-  std::optional<Stream> stream_;
+  std::unique_ptr<Stream> stream_;
   std::unique_ptr<Communicator> communicator_;
   std::optional<ModelWeights> weights_;
   std::optional<Worker> worker_;

@@ -103,8 +103,7 @@ std::string parts_text(const RehearsalReport& report) {
   }
   return text +
          "\nof one step more, op by op, measured part by part; r: share of the read bandwidth, c: of the peak, "
-         "whichever is "
-         "nearer\n";
+         "whichever is nearer\n";
 }
 
 ordered_json json_of(const PartWork& work) {

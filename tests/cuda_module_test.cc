@@ -111,6 +111,13 @@ TEST_F(Binary, RefusesAModuleOfAnotherBuild) {
   EXPECT_THAT(serve.err, HasSubstr("has interface 999"));
 }
 
+TEST_F(Binary, RefusesAnAllReduceOfGpusOnCpus) {
+  const Finished serve =
+      run_command({folder() / "octet", "serve", "--model", "no-model", "--allreduce", "p2p"}, mpirun_environment());
+  EXPECT_EQ(serve.status, kServeRefused) << serve.err;
+  EXPECT_THAT(serve.err, AllOf(HasSubstr("--allreduce p2p is how GPUs sum"), HasSubstr("add --device cuda")));
+}
+
 TEST_F(Binary, AnswersOnEmulatedGpusWhatItAnswersOnTheCpu) {
   place("emulated_cuda");
   const std::string model = write_random_model({.hidden_size = 48, .intermediate_size = 76});
@@ -120,7 +127,7 @@ TEST_F(Binary, AnswersOnEmulatedGpusWhatItAnswersOnTheCpu) {
 {"custom_id":"b","method":"POST","url":"/v1/completions","body":{"prompt":"World","max_tokens":5,"logprobs":2}}
 )";
   const auto answers_on = [&](const std::string& device, int ranks) {
-    const std::string output = folder() / (device + ".jsonl");
+    const std::string output = folder() / (device + std::to_string(ranks) + ".jsonl");
     const Finished batch =
         run_command(mpirun(ranks, {folder() / "octet", "batch", "--model",   model,        "--device",      device,
                                    "--allreduce",      "host",  "--threads", "1",          "--max-context", "64",
@@ -128,6 +135,9 @@ TEST_F(Binary, AnswersOnEmulatedGpusWhatItAnswersOnTheCpu) {
                                    "--output",         output}),
                     mpirun_environment());
     EXPECT_EQ(batch.status, 0) << batch.err;
+    // Ranks that meet in the host's memory are nothing that a graph could wait for; one that is alone meets nobody.
+    const bool recorded = batch.err.find("run as CUDA graphs") != std::string::npos;
+    EXPECT_EQ(recorded, device == "cuda" && ranks == 1) << batch.err;
     // Who answered is part of a line, what was answered must be the same.
     std::vector<nlohmann::json> choices;
     std::ifstream lines(output);
@@ -138,6 +148,7 @@ TEST_F(Binary, AnswersOnEmulatedGpusWhatItAnswersOnTheCpu) {
   };
   const std::vector<nlohmann::json> on_cpu = answers_on("cpu", 1);
   EXPECT_EQ(on_cpu.size(), 2u);
+  EXPECT_EQ(answers_on("cuda", 1), on_cpu);
   EXPECT_EQ(answers_on("cuda", 2), on_cpu);
 }
 #endif
