@@ -303,9 +303,10 @@ absl::Status run(const BenchOptions& options) {
         "%d tokens are needed, and the context is %d: lower --prefill-tokens", context, *memory.max_context));
   }
 
-  std::printf("%s, %s, %s activations, prefill of %d tokens, decode of one sequence after it\n\n",
-              options.runtime.model.c_str(), device->gpu ? device->gpu->name : name_of(options.runtime.isa),
-              options.runtime.activations == ActivationMode::kFP8 ? "fp8" : "bf16", options.prefill_tokens);
+  std::printf("%s, %s, %s activations, KV cache in %s, prefill of %d tokens, decode of one sequence after it\n\n",
+              options.runtime.model.c_str(), describe(*device, memory.arithmetic, options.runtime.isa).c_str(),
+              options.runtime.activations == ActivationMode::kFP8 ? "fp8" : "bf16", name_of(memory.kv_dtype),
+              options.prefill_tokens);
   std::vector<Row> rows;
   for (int ranks : options.ranks) {
     absl::StatusOr<Row> row = measure(*checkpoint, *device, sized, ranks, cores);

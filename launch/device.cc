@@ -24,6 +24,11 @@ Arithmetic arithmetic_on(const OpenDevice& device, Arithmetic asked) {
   return device.gpu ? asked : Arithmetic::kReproducible;
 }
 
+std::string describe(const OpenDevice& device, Arithmetic arithmetic, Isa isa) {
+  if (!device.gpu) return name_of(isa);
+  return absl::StrCat(device.gpu->name, arithmetic == Arithmetic::kFast ? ", fast" : ", reproducible");
+}
+
 std::unique_ptr<Stream> open_stream(const OpenDevice& device, Arithmetic arithmetic, const Stream::CpuOptions& host) {
   if (device.module == nullptr) return std::make_unique<Stream>(host);
   return std::make_unique<Stream>(*device.module, device.index, arithmetic, host);

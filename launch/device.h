@@ -24,6 +24,9 @@ absl::StatusOr<OpenDevice> open_device(Device device, int local_rank, int local_
 // How sums are made there where `asked` is wished for: on a CPU they are always reproducible.
 Arithmetic arithmetic_on(const OpenDevice& device, Arithmetic asked);
 
+// "NVIDIA H100 80GB HBM3, fast", or of CPUs "avx512".
+std::string describe(const OpenDevice& device, Arithmetic arithmetic, Isa isa);
+
 // A stream there. `host`: what does a step's work on the host. REQUIRES: arithmetic_on() has nothing against
 // `arithmetic`.
 std::unique_ptr<Stream> open_stream(const OpenDevice& device, Arithmetic arithmetic, const Stream::CpuOptions& host);

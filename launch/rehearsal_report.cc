@@ -41,10 +41,11 @@ std::string head_text(const RehearsalReport& report) {
   const int64_t filled = bytes.weights.total();
   std::string text = absl::StrFormat(
       "%s, %s, %s activations: rank %d of %d, %d of %d layers, on %s\n"
-      "%s of weights (filled at %.2f GB/s), %s of KV cache, %s of scratch; %s are usable\n",
+      "%s of weights (filled at %.2f GB/s), %s of KV cache in %s, %s of scratch; %s are usable\n",
       report.model, report.recipe, report.activations, report.rank, report.ranks, report.layers, report.layers_of_model,
       report.device, human_bytes(filled), static_cast<double>(filled) / 1e9 / std::max(report.fill_seconds, 1e-9),
-      human_bytes(bytes.kv_cache), human_bytes(bytes.scratch), human_bytes(report.usable_bytes));
+      human_bytes(bytes.kv_cache), name_of(report.kv_dtype), human_bytes(bytes.scratch),
+      human_bytes(report.usable_bytes));
   if (report.layers < report.layers_of_model) {
     absl::StrAppend(&text, "Every figure is of these layers, the embedding and the logits; none is scaled up.\n");
   }
@@ -180,6 +181,7 @@ ordered_json to_json(const RehearsalReport& report) {
   return {{"model", report.model},
           {"recipe", report.recipe},
           {"activations", report.activations},
+          {"kv_dtype", report.kv_dtype == DType::kF8E4M3 ? "fp8" : "bf16"},
           {"device", report.device},
           {"rank", report.rank},
           {"ranks", report.ranks},

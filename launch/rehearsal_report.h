@@ -13,7 +13,8 @@ namespace octet {
 
 struct RehearsalReport {
   std::string model, recipe, activations;
-  std::string device;  // "CPU, avx512, 2 threads", "NVIDIA H100 80GB HBM3"
+  DType kv_dtype = DType::kBF16;
+  std::string device;  // "CPU, avx512, 2 threads", "NVIDIA H100 80GB HBM3, fast"
   int rank = 0, ranks = 1;
   int64_t layers = 0, layers_of_model = 0;
   RankBytes bytes;

@@ -88,11 +88,9 @@ absl::StatusOr<RehearsalOptions> rehearsal_of(const RehearseOptions& options, co
   return rehearsal;
 }
 
-std::string describe(const OpenDevice& device, const RehearsalOptions& rehearsal) {
-  if (!device.gpu) {
-    return absl::StrFormat("CPU, %s, %d threads", name_of(rehearsal.host.isa), rehearsal.host.threads);
-  }
-  return absl::StrCat(device.gpu->name, rehearsal.arithmetic == Arithmetic::kFast ? ", fast" : ", reproducible");
+std::string device_text(const OpenDevice& device, const RehearsalOptions& rehearsal) {
+  const std::string text = describe(device, rehearsal.arithmetic, rehearsal.host.isa);
+  return device.gpu ? text : absl::StrFormat("CPU, %s, %d threads", text, rehearsal.host.threads);
 }
 
 absl::StatusOr<int64_t> usable_bytes(const OpenDevice& device) {
@@ -160,7 +158,8 @@ absl::Status run(const RehearseOptions& options) {
   RehearsalReport report{.model = options.model,
                          .recipe = options.recipe,
                          .activations = options.runtime.activations == ActivationMode::kFP8 ? "fp8" : "bf16",
-                         .device = describe(*device, *rehearsal),
+                         .kv_dtype = rehearsal->kv_dtype,
+                         .device = device_text(*device, *rehearsal),
                          .rank = options.rank,
                          .ranks = options.ranks,
                          .layers = rehearsal->formats.config.num_hidden_layers,
