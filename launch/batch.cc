@@ -323,7 +323,9 @@ class Batching final : public Leader {
     if (status.ok()) status = write_provenance(job);
     reporter->write_status(status.ok() ? "done" : "stopped");
     log(report.summary());
-    if (const int64_t other = batch_->journal().contradictions(); other > 0) {
+    // Fast arithmetic promises no bits.
+    const int64_t other = job.facts.reproducible ? batch_->journal().contradictions() : 0;
+    if (other > 0) {
       log_line(LogLevel::kWarning, absl::StrCat(other,
                                                 " lines were answered twice with different words, the first "
                                                 "counts: this should never be, please report it"));

@@ -23,7 +23,7 @@ struct InspectOptions {
 absl::Status print_ranks(const Checkpoint& checkpoint, int ranks) {
   const WeightFormats formats = weight_formats(checkpoint);
   std::printf("\n%-5s %-8s %12s %12s %13s %12s %13s %12s %16s\n", "rank", "slices", "embedding", "attention",
-              "feed forward", "lm_head", "norms+scales", "weights", "KV bytes/token");
+              "feed forward", "lm_head", "norms+scales", "weights", "BF16 KV B/token");
   for (int rank = 0; rank < ranks; ++rank) {
     const absl::StatusOr<ShardSpec> shard = ShardSpec::make(checkpoint.config(), rank, ranks);
     if (!shard.ok()) return shard.status();
