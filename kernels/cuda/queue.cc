@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t kFirstUploads = int64_t{1} << 20;
 constexpr int64_t kAlignment = 256;
-constexpr int64_t kSharedUnasked = 48 << 10;  // bytes of shared memory
 constexpr std::chrono::milliseconds kBetweenLooks{10};
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -186,7 +185,7 @@ void Queue::launch(const RecordedWork& work) {
 }
 
 void Queue::allow_shared(const void* kernel, int64_t bytes) {
-  if (bytes <= kSharedUnasked) return;
+  if (bytes == 0) return;
   int64_t& allowed = shared_allowed_[kernel];
   if (bytes <= allowed) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),

@@ -147,7 +147,8 @@ class Queue {
   static void free_uploads(const Uploads& uploads);
   void* upload_bytes(const void* values, int64_t bytes);
   const void* constant_bytes(std::string_view bytes);
-  // Beyond what a kernel may have unasked, shared memory must be asked for once.
+  // Dynamic shared memory is asked for once by every kernel that has any: unasked it may have 48 KiB less its static
+  // shared memory, of which the host does not know.
   void allow_shared(const void* kernel, int64_t bytes);
 
   const int device_;
