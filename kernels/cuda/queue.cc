@@ -28,6 +28,8 @@ Queue::Queue(int device, Arithmetic arithmetic) : device_(device), arithmetic_(a
   check(cudaSetDevice(device), "choosing the device");
   check(cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device), "reading its compute capability");
   check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device), "counting its multiprocessors");
+  check(cudaDeviceGetAttribute(&most_shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking for its shared memory");
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "opening a stream");
   uploads_ = make_uploads(kFirstUploads);
   if (arithmetic != Arithmetic::kFast) return;

@@ -51,6 +51,8 @@ class Queue {
   Arithmetic arithmetic() const { return arithmetic_; }
   // Multiprocessors of the device.
   int processors() const { return processors_; }
+  // Of shared memory that one block may have.
+  int64_t most_shared_bytes() const { return most_shared_bytes_; }
   cudaStream_t stream() const { return stream_; }
   // Every wait for the device is this one, so that a watch sees them all.
   void synchronize();
@@ -153,7 +155,7 @@ class Queue {
 
   const int device_;
   const Arithmetic arithmetic_;
-  int major_ = 0, processors_ = 0;
+  int major_ = 0, processors_ = 0, most_shared_bytes_ = 0;
   cudaStream_t stream_ = nullptr;
   WatchFunction* watch_ = nullptr;
   void* watch_context_ = nullptr;

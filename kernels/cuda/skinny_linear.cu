@@ -283,6 +283,7 @@ struct Block {
   // the block call this together, and meet at a barrier between two calls.
   __device__ void finish(const Place& place, const Sums& sums, const Scales& scales) const {
     __shared__ float board[kWindows][8 * kColumns][kRows];
+    static_assert(kStages * kStageBytes + sizeof(board) <= kSkinnySharedBytes);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
@@ -461,8 +462,8 @@ bool whole_pieces(const void* data, int64_t row_bytes) {
 
 }  // namespace
 
-bool fits_skinny_linear(const Activations& x, const Linear& weight) {
-  return x.values.dim(0) <= kSkinnyTokens &&
+bool fits_skinny_linear(const Queue& queue, const Activations& x, const Linear& weight) {
+  return queue.most_shared_bytes() >= kSkinnySharedBytes && x.values.dim(0) <= kSkinnyTokens &&
          (weight.weight.dtype() == DType::kF8E4M3 || x.values.dtype() == DType::kBF16) &&
          whole_pieces(weight.weight.data(), row_bytes(weight)) &&
          whole_pieces(x.values.data(), weight.in_features * size_of(x.values.dtype()));
