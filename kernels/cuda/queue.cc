@@ -198,6 +198,17 @@ void Queue::allow_shared(const void* kernel, int64_t bytes) {
   allowed = bytes;
 }
 
+bool Queue::may_begin_early(const void* kernel) {
+  if (major_ < 9) return false;
+  const auto [known, is_new] = may_begin_early_.try_emplace(kernel, false);
+  if (is_new) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "asking what a kernel was compiled for");
+    known->second = attributes.ptxVersion >= 90;
+  }
+  return known->second;
+}
+
 Queue& queue_of(const Stream& stream) {
   stream.queue()->begin_op();
   return *stream.queue();

@@ -250,7 +250,9 @@ struct cudaLaunchAttribute {
   } val;
 };
 
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 
 // Between processes that were forked when the emulation was there already: they have its memory in common.
 struct cudaIpcMemHandle_t {
@@ -442,7 +444,8 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaMemcpy2DAsync(to, bytes, from, bytes, bytes, 1, kind, stream);
 }
 template <typename Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 inline cudaError_t cudaHostAlloc(void** data, size_t bytes, int) { return cudaMallocHost(data, bytes); }
