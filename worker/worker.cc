@@ -102,6 +102,8 @@ absl::Status Worker::Impl::run_batch(StepResult* result) {
     return read_rows(uses, result);
   }
   transformer.forward(slots.batch(), cache);
+  // The next step writes its arrays over this one's, which the device may not have read yet.
+  if (uses.empty()) stream.synchronize();
   const auto at_once = static_cast<size_t>(transformer.logit_rows());
   for (size_t first = 0; first < uses.size(); first += at_once) {
     const auto some = uses.subspan(first, std::min(at_once, uses.size() - first));

@@ -101,7 +101,7 @@ __global__ void dots_kernel(Dots a) {
 }
 
 bool is_skinny(const Stream& stream, const Activations& x, const Linear& weight) {
-  return stream.arithmetic() == Arithmetic::kFast && fits_skinny_linear(x, weight);
+  return stream.arithmetic() == Arithmetic::kFast && fits_skinny_linear(*stream.queue(), x, weight);
 }
 
 // Whether fast mode computes whole rows' sums as a product. No checkpoint has e4m3 inputs of BF16 weights.

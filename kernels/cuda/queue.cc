@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t kFirstUploads = int64_t{1} << 20;
 constexpr int64_t kAlignment = 256;
-constexpr int64_t kSharedUnasked = 48 << 10;  // bytes of shared memory
 constexpr std::chrono::milliseconds kBetweenLooks{10};
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -29,6 +28,8 @@ Queue::Queue(int device, Arithmetic arithmetic) : device_(device), arithmetic_(a
   check(cudaSetDevice(device), "choosing the device");
   check(cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device), "reading its compute capability");
   check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device), "counting its multiprocessors");
+  check(cudaDeviceGetAttribute(&most_shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking for its shared memory");
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "opening a stream");
   uploads_ = make_uploads(kFirstUploads);
   if (arithmetic != Arithmetic::kFast) return;
@@ -186,7 +187,7 @@ void Queue::launch(const RecordedWork& work) {
 }
 
 void Queue::allow_shared(const void* kernel, int64_t bytes) {
-  if (bytes <= kSharedUnasked) return;
+  if (bytes == 0) return;
   int64_t& allowed = shared_allowed_[kernel];
   if (bytes <= allowed) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
@@ -195,6 +196,17 @@ void Queue::allow_shared(const void* kernel, int64_t bytes) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         "asking for shared memory");
   allowed = bytes;
+}
+
+bool Queue::may_begin_early(const void* kernel) {
+  if (major_ < 9) return false;
+  const auto [known, is_new] = may_begin_early_.try_emplace(kernel, false);
+  if (is_new) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "asking what a kernel was compiled for");
+    known->second = attributes.ptxVersion >= 90;
+  }
+  return known->second;
 }
 
 Queue& queue_of(const Stream& stream) {

@@ -51,6 +51,8 @@ class Queue {
   Arithmetic arithmetic() const { return arithmetic_; }
   // Multiprocessors of the device.
   int processors() const { return processors_; }
+  // Of shared memory that one block may have.
+  int64_t most_shared_bytes() const { return most_shared_bytes_; }
   cudaStream_t stream() const { return stream_; }
   // Every wait for the device is this one, so that a watch sees them all.
   void synchronize();
@@ -106,7 +108,7 @@ class Queue {
   struct Launch {
     dim3 grid, block;
     int64_t shared_bytes = 0;  // of dynamic shared memory
-    // The kernel may begin while the one before it still runs, where the device can (9.0 and later). Until it has
+    // The kernel may begin while the one before it still runs, where device and code can (9.0 and later). Until it has
     // called wait_for_previous_kernels() it reads only what was written before that one was queued, and writes nothing.
     bool early = false;
   };
@@ -122,7 +124,7 @@ class Queue {
     config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
     config.stream = stream_;
     config.attrs = &early;
-    config.numAttrs = kEarlyLaunches && how.early && major_ >= 9 ? 1 : 0;
+    config.numAttrs = kEarlyLaunches && how.early && may_begin_early(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
     allow_shared(reinterpret_cast<const void*>(kernel), how.shared_bytes);
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "starting a kernel");
   }
@@ -147,12 +149,16 @@ class Queue {
   static void free_uploads(const Uploads& uploads);
   void* upload_bytes(const void* values, int64_t bytes);
   const void* constant_bytes(std::string_view bytes);
-  // Beyond what a kernel may have unasked, shared memory must be asked for once.
+  // Dynamic shared memory is asked for once by every kernel that has any: unasked it may have 48 KiB less its static
+  // shared memory, of which the host does not know.
   void allow_shared(const void* kernel, int64_t bytes);
+
+  // Whether the code that runs has been compiled to wait: newer devices may run what was compiled for 8.0.
+  bool may_begin_early(const void* kernel);
 
   const int device_;
   const Arithmetic arithmetic_;
-  int major_ = 0, processors_ = 0;
+  int major_ = 0, processors_ = 0, most_shared_bytes_ = 0;
   cudaStream_t stream_ = nullptr;
   WatchFunction* watch_ = nullptr;
   void* watch_context_ = nullptr;
@@ -175,6 +181,7 @@ class Queue {
   std::unique_ptr<BlasLt> blas_lt_;  // computes in the workspace
   std::string lacks_;
   std::map<const void*, int64_t> shared_allowed_;  // by kernel
+  std::map<const void*, bool> may_begin_early_;    // by kernel
 };
 
 // The stream's queue, at the begin of an op.

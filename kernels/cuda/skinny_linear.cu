@@ -254,11 +254,13 @@ struct Block {
     }
   }
 
-  // Adds this warp's share of a step.
+  // Adds this warp's share of a step, summed by itself first: tensor cores keep some 14 bits of sums of e4m3 products,
+  // too few for the thousands that a row has, enough for the 128 of a window.
   __device__ void compute(const Place& place, Sums& sums) const {
     const char* const weights = weights_of(place);
     const char* const x = x_of(place.stage);
     const int group = lane / 4;
+    Sums of_step = {};
 #pragma unroll
     for (int i = 0; i < kWindowPieces; i += 4) {
       const int piece = i + lane % 4;
@@ -273,8 +275,13 @@ struct Block {
         for (int r = 0; r < kRatio; ++r) {
           inputs[r] = piece_at(x + at_x(token, (window * kWindowPieces + piece) * kRatio + r));
         }
-        multiply<kOperands>(sums[c], upper, lower, inputs);
+        multiply<kOperands>(of_step[c], upper, lower, inputs);
       }
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[c][i] += of_step[c][i];
     }
   }
 
@@ -283,6 +290,7 @@ struct Block {
   // the block call this together, and meet at a barrier between two calls.
   __device__ void finish(const Place& place, const Sums& sums, const Scales& scales) const {
     __shared__ float board[kWindows][8 * kColumns][kRows];
+    static_assert(kStages * kStageBytes + sizeof(board) <= kSkinnySharedBytes);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
@@ -461,8 +469,8 @@ bool whole_pieces(const void* data, int64_t row_bytes) {
 
 }  // namespace
 
-bool fits_skinny_linear(const Activations& x, const Linear& weight) {
-  return x.values.dim(0) <= kSkinnyTokens &&
+bool fits_skinny_linear(const Queue& queue, const Activations& x, const Linear& weight) {
+  return queue.most_shared_bytes() >= kSkinnySharedBytes && x.values.dim(0) <= kSkinnyTokens &&
          (weight.weight.dtype() == DType::kF8E4M3 || x.values.dtype() == DType::kBF16) &&
          whole_pieces(weight.weight.data(), row_bytes(weight)) &&
          whole_pieces(x.values.data(), weight.in_features * size_of(x.values.dtype()));

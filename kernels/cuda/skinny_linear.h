@@ -10,8 +10,8 @@
 namespace octet::cuda {
 
 // Whether skinny_linear() takes this input and matrix: at most kSkinnyTokens tokens, rows of both in whole pieces of 16
-// aligned bytes, and BF16 weights with BF16 inputs.
-bool fits_skinny_linear(const Activations& x, const Linear& weight);
+// aligned bytes, and BF16 weights with BF16 inputs, on a device with the shared memory of an A100 or an H100.
+bool fits_skinny_linear(const Queue& queue, const Activations& x, const Linear& weight);
 
 // linear() of ops.h, with equal bits from run to run on one kind of device; an output is [tokens, rows] or, for a
 // rank's leaf, [1, tokens, rows]. REQUIRES: each matrix fits. Weights are read ahead of the op that was queued before

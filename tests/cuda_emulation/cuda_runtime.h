@@ -46,7 +46,9 @@ constexpr size_t kMemoryBytes = size_t{1} << 33;  // of the device
 constexpr int kGarbage = 0xCB;
 // Few, so that kernels which share a matrix out over them cut small ones in odd places, but not to single steps.
 constexpr int kProcessors = 7;
-constexpr size_t kSharedUnasked = 48 << 10, kMostShared = 227 << 10;  // bytes of shared memory
+// Bytes of dynamic shared memory. On a device a kernel may have 48 KiB unasked, less its static shared memory, of which
+// the emulation does not know: some is assumed.
+constexpr size_t kSharedUnasked = 40 << 10, kMostShared = 227 << 10;
 
 // Runs `kernel` for every thread of the grid; every block finds `shared_bytes` of garbage as dynamic shared memory.
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& kernel, size_t shared_bytes = 0);
@@ -248,7 +250,9 @@ struct cudaLaunchAttribute {
   } val;
 };
 
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 
 // Between processes that were forked when the emulation was there already: they have its memory in common.
 struct cudaIpcMemHandle_t {
@@ -339,9 +343,23 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int devic
   *properties = {.name = "emulated", .uuid = {.bytes = {static_cast<char>(device + 1)}}, .major = 9, .minor = 0};
   return cudaSuccess;
 }
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_emulation::kProcessors : 9;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_emulation::kProcessors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(cuda_emulation::kMostShared);
+      break;
+  }
   return cudaSuccess;
 }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
@@ -426,7 +444,8 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaMemcpy2DAsync(to, bytes, from, bytes, bytes, 1, kind, stream);
 }
 template <typename Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 inline cudaError_t cudaHostAlloc(void** data, size_t bytes, int) { return cudaMallocHost(data, bytes); }
