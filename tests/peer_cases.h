@@ -66,6 +66,10 @@ struct Normed {
   bool operator==(const Normed&) const = default;
 };
 
+// Between what a rank allocates and its next sum: where ranks are threads on one GPU, nobody may be inside a sum while
+// another allocates (make_peer_communicator()). What is freed after a sum holds nobody up.
+inline void meet_before_sums(Communicator& communicator) { communicator.barrier(); }
+
 enum Norming { kFused, kOwnOp, kSeparate };
 
 // Sums the case and normalises its rows: by reduce_and_norm(), by the op for norm and quantisation behind the sum, or
@@ -82,6 +86,7 @@ inline Normed normed(DeviceCase& mine, const ActivationScheme& scheme, Norming n
                                     : Activations{.values = rows_there, .scales = {}};
   const NormedInput next = {.weight = mine.weight(), .eps = kEps, .scheme = scheme, .normed = rows_there, .out = out};
   mine.reset();
+  meet_before_sums(communicator);
   if (norming == kFused) {
     communicator.reduce_and_norm(stream, mine.partials(), mine.residual(), next);
   } else {

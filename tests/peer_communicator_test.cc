@@ -1,10 +1,12 @@
-// Sums over peer memory on the emulated CUDA module (see cuda_emulation/cuda_runtime.h), ranks as threads and as
-// processes: the bits of ranks that meet in the host's memory, whichever way a message takes and whatever follows it.
+// Sums over peer memory, ranks as threads and as processes: the bits of ranks that meet in the host's memory, whichever
+// way a message takes and whatever follows it. On the emulated CUDA module (see cuda_emulation/cuda_runtime.h), or, as
+// threads only, on a GPU that they share.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <random>
@@ -17,6 +19,7 @@
 #include "kernels/graph.h"
 #include "tests/peer_cases.h"
 #include "tests/process.h"
+#include "tests/surroundings.h"
 #include "worker/collective/peer_communicator.h"
 #include "worker/collective/thread_communicator.h"
 
@@ -32,11 +35,22 @@ constexpr int64_t kSmallArea = 4096;  // a few hundred
 
 const cuda::ModuleTable& module() {
   static const cuda::ModuleTable* const kModule = [] {
-    const auto opened = cuda::open_module(OCTET_EMULATED_CUDA);
+    // On a GPU: all kernels are loaded before the first sum, and no rank's queue lies behind another's.
+    setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+    const auto opened = cuda::open_module(cuda_module_under_test());
     if (!opened.ok()) ADD_FAILURE() << opened.status();
     return *opened;
   }();
   return *kModule;
+}
+
+// Processes, and the end of one, are for the emulation: libexec/octet/peer_processes of an installation starts them on
+// a GPU.
+bool is_emulated() { return cuda_module_under_test() == OCTET_EMULATED_CUDA; }
+int gpus() {
+  const char* why = nullptr;
+  return module().device_count(&why);
 }
 
 // Stands for a communicator that sums on the device: only sets the first element of the residual to 1.
@@ -89,6 +103,7 @@ int ranks_with_wrong_bits(const SumCase& c, const std::vector<int>& slices_of_ra
   std::atomic<int> wrong = 0;
   const auto statuses = on_peers(slices_of_rank, options, gpus, [&](int rank, Stream& stream, Communicator& peers) {
     const DeviceCase mine(c, map.runs[rank], stream);
+    meet_before_sums(peers);
     peers.reduce_over_slices(stream, mine.partials(), mine.residual());
     if (mine.result() != c.expected()) ++wrong;
   });
@@ -139,6 +154,7 @@ TEST(PeerCommunicator, SumsStayRightWhenRanksComeAtAnyTime) {
     std::mt19937 random(rank);
     DeviceCase cases[] = {
         {small, map.runs[rank], stream}, {medium, map.runs[rank], stream}, {large, map.runs[rank], stream}};
+    meet_before_sums(peers);
     const std::vector<uint16_t> expected[] = {small.expected(), medium.expected(), large.expected()};
     for (int round = 0; round < 400; ++round) {
       const int i = round % 50 == 0 ? 2 : round % 9 == 0 ? 1 : 0;
@@ -212,6 +228,7 @@ TEST(PeerCommunicator, AReplayedGraphGoesOnCounting) {
     DeviceCase mine(c, map.runs[rank], stream);
     const auto sum = [&] { peers.reduce_over_slices(stream, mine.partials(), mine.residual()); };
     const Graph graph(stream, sum);
+    meet_before_sums(peers);
     for (int round = 0; round < 5; ++round) {
       mine.reset();
       if (round % 2 == 0) {
@@ -239,6 +256,7 @@ TEST(PeerCommunicator, GathersUnevenAndEmptyContributionsOfAnyLengthOnTheDevice)
       const Tensor mine_there = mine_memory.tensor(DType::kU8, {bytes[rank]}),
                    all_there = all_memory.tensor(DType::kU8, {all_bytes});
       copy(stream, Tensor(mine.data(), DType::kU8, {bytes[rank]}), mine_there);
+      meet_before_sums(peers);
       for (int round = 0; round < 3; ++round) peers.gather(stream, mine_there, bytes, all_there);
       copy(stream, all_there, Tensor(all.data(), DType::kU8, {all_bytes}));
       if (all != expected) ++wrong;
@@ -257,6 +275,7 @@ TEST(PeerCommunicator, TakesNoTimesWhereRanksShareAGpu) {
 }
 
 TEST(PeerCommunicator, MeasuresTheSameCrossoverOnEveryRank) {
+  if (gpus() < 2) GTEST_SKIP() << "SKIPPED: there is one GPU";
   std::vector<std::string> reports(2);
   on_peers({1, 1}, {.area_bytes = kArea, .timed_bytes = {512, 2048}}, Gpus::kOwn,
            [&](int rank, Stream&, PeerCommunicator& peers) { reports[rank] = peers.report(); });
@@ -276,6 +295,7 @@ std::function<double()> scripted_clock() {
 }
 
 TEST(PeerCommunicator, LeavesToTheInnerCommunicatorWhatThatIsFasterFor) {
+  if (gpus() < 2) GTEST_SKIP() << "SKIPPED: there is one GPU";
   const std::vector<int> runs = {2, 1};
   const RankMap map = one_node(runs);
   const SumCase small(3, 1, 256, 1), large(3, 2, 1024, 2);
@@ -375,6 +395,7 @@ void wait_for_a_rank_that_never_comes() {
 }
 
 TEST(PeerCommunicatorDeathTest, AWaitForARankThatNeverComesEndsWithItsName) {
+  if (!is_emulated()) GTEST_SKIP() << "SKIPPED: for the emulation only";
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_DEATH(
       wait_for_a_rank_that_never_comes(),
@@ -384,6 +405,7 @@ TEST(PeerCommunicatorDeathTest, AWaitForARankThatNeverComesEndsWithItsName) {
 // ---- Processes
 
 TEST(PeerProcesses, SumOverIpcAsThreadsDo) {
+  if (!is_emulated()) GTEST_SKIP() << "SKIPPED: for the emulation only";
 #if defined(__SANITIZE_ADDRESS__)
   GTEST_SKIP() << "with AddressSanitizer the emulated device's memory is the heap, which processes do not share";
 #endif

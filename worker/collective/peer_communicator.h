@@ -101,7 +101,8 @@ class PeerCommunicator final : public Communicator {
 //
 // Ranks that are threads of one process and share a GPU wait for one another on the device: from the first sum on
 // nobody may call what waits for the whole device (cudaMalloc, cudaFree, the first start of a kernel that CUDA loads
-// lazily) while a rank is inside a sum; CUDA_MODULE_LOADING=EAGER in the environment sees to the last of these.
+// lazily) while a rank is inside a sum; CUDA_MODULE_LOADING=EAGER in the environment sees to the last of these, and
+// CUDA_DEVICE_MAX_CONNECTIONS=32 keeps one rank's kernels from queueing behind another's.
 absl::StatusOr<std::unique_ptr<PeerCommunicator>> make_peer_communicator(Stream& stream,
                                                                          std::unique_ptr<Communicator>& inner,
                                                                          const PeerCommunicatorOptions& options);
