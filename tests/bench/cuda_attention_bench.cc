@@ -3,13 +3,15 @@
 // in turns with it. Prefill: operations of a causal prompt per second. Medians over the rounds; what is timed was
 // recorded before, so that the host has no part in it. Not a test: nothing here passes or fails.
 //
-//   cuda_attention_bench [--module FILE] [--device N] [--megabytes N] [--rounds N]
+//   cuda_attention_bench [--module FILE] [--device N] [--megabytes N] [--rounds N] [--only TEXT] [--json FILE]
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <numeric>
 #include <random>
 #include <string>
@@ -95,7 +97,7 @@ class Bench {
     return 4 * sequences * context / kKvBlockTokens <= static_cast<int64_t>(order_.size());
   }
 
-  void decode(int64_t sequences) {
+  nlohmann::json decode(int64_t sequences) {
     std::vector<double> shares, reads;
     const auto brief = recorded(sequences, 1, kShortContext), lengthy = recorded(sequences, 1, kLongContext);
     const double bytes = static_cast<double>(sequences * (kLongContext - kShortContext) * 2 * shape_.kv_heads *
@@ -112,9 +114,16 @@ class Bench {
                 static_cast<long long>(kShortContext), 1e6 * median(long_seconds), static_cast<long long>(kLongContext),
                 median(shares) * median(reads) / 1e9, 100 * median(shares));
     std::fflush(stdout);
+    return {{"rank", shape_.rank},
+            {"kind", "decode"},
+            {"sequences", sequences},
+            {"contexts", {kShortContext, kLongContext}},
+            {"seconds", {median(short_seconds), median(long_seconds)}},
+            {"read_bytes_per_second", median(reads)},
+            {"share_of_read", median(shares)}};
   }
 
-  void prefill() {
+  nlohmann::json prefill() {
     const auto prompt = recorded(1, kPrompt, kPrompt);
     std::vector<double> seconds;
     for (int round = 0; round < rounds_; ++round) seconds.push_back(seconds_of(*prompt));
@@ -123,6 +132,11 @@ class Bench {
     std::printf("%-8s prefill %5lld tokens   | %8.1f us | %7.1f TFLOP/s\n", shape_.rank,
                 static_cast<long long>(kPrompt), 1e6 * median(seconds), operations / median(seconds) / 1e12);
     std::fflush(stdout);
+    return {{"rank", shape_.rank},
+            {"kind", "prefill"},
+            {"tokens", kPrompt},
+            {"seconds", median(seconds)},
+            {"flops_per_second", operations / median(seconds)}};
   }
 
  private:
@@ -193,6 +207,7 @@ struct Options {
   int device = 0;
   int64_t megabytes = 8192;
   int rounds = 7;
+  std::string only, json;
 };
 
 // False: not understood.
@@ -208,6 +223,10 @@ bool parse(int argc, char** argv, Options& options) {
       options.megabytes = std::atoll(argv[i + 1]);
     } else if (word == "--rounds") {
       options.rounds = std::max(std::atoi(argv[i + 1]), 1);
+    } else if (word == "--only") {
+      options.only = argv[i + 1];
+    } else if (word == "--json") {
+      options.json = argv[i + 1];
     } else {
       return false;
     }
@@ -222,18 +241,25 @@ int run(const Options& options) {
     std::fprintf(stderr, "cuda_attention_bench: %s\n", std::string(status.message()).c_str());
     return 1;
   }
-  std::printf("%s, module of %s; a cache of %lld MB, medians of %d rounds\n",
-              (*module)->device_facts(options.device).name, (*module)->built_for,
+  const std::string device = (*module)->device_facts(options.device).name;
+  nlohmann::json rows = nlohmann::json::array();
+  std::printf("%s, module of %s; a cache of %lld MB, medians of %d rounds\n", device.c_str(), (*module)->built_for,
               static_cast<long long>(options.megabytes), options.rounds);
   for (const Shape& shape : kShapes) {
+    if (std::string(shape.rank).find(options.only) == std::string::npos) continue;
     Stream stream(**module, options.device, Arithmetic::kFast, {.threads = 1, .isa = Isa::kPortable, .spin = false});
     Bench bench(stream, shape, options.megabytes, options.rounds);
     for (const int64_t sequences : {1, 4, 16}) {
-      if (bench.holds(sequences, kLongContext)) bench.decode(sequences);
+      if (bench.holds(sequences, kLongContext)) rows.push_back(bench.decode(sequences));
     }
-    if (bench.holds(1, kPrompt)) bench.prefill();
+    if (bench.holds(1, kPrompt)) rows.push_back(bench.prefill());
   }
-  return 0;
+  if (options.json.empty()) return 0;
+  std::ofstream file(options.json);
+  file << nlohmann::json{{"device", device}, {"built_for", (*module)->built_for}, {"attention", rows}}.dump(2) << "\n";
+  if (file.flush()) return 0;
+  std::fprintf(stderr, "cuda_attention_bench: cannot write %s\n", options.json.c_str());
+  return 1;
 }
 
 }  // namespace
@@ -242,6 +268,8 @@ int run(const Options& options) {
 int main(int argc, char** argv) {
   octet::Options options;
   if (octet::parse(argc, argv, options)) return octet::run(options);
-  std::fprintf(stderr, "usage: cuda_attention_bench [--module FILE] [--device N] [--megabytes N] [--rounds N]\n");
+  std::fprintf(stderr,
+               "usage: cuda_attention_bench [--module FILE] [--device N] [--megabytes N] [--rounds N] [--only TEXT] "
+               "[--json FILE]\n");
   return 2;
 }
