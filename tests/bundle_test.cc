@@ -26,6 +26,7 @@ using std::chrono::seconds;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
+using testing::MatchesRegex;
 using testing::Pair;
 
 constexpr uintmax_t kMaxPackedBytes = 60'000'000;
@@ -276,32 +277,90 @@ TEST_F(GpuCheck, RunsItsStepsAndReportsThem) {
   for (const nlohmann::json& figure : read["figures"]) EXPECT_EQ(figure["measured"], "-") << figure;
 }
 
-// By an octet that only pretends to rehearse.
-TEST_F(GpuCheck, PutsWhatTheRehearsalMeasuredBesideTheGoals) {
-  const fs::path pretended = folder() / "pretended";
-  fs::create_directories(pretended / "launch");
-  fs::create_directories(pretended / "share/octet");
-  fs::copy_file(root() / "launch/gpu_check", pretended / "launch/gpu_check", fs::copy_options::overwrite_existing);
-  fs::copy_file(root() / "share/octet/bundle.json", pretended / "share/octet/bundle.json",
-                fs::copy_options::overwrite_existing);
-  write_script(pretended / "bin/octet", R"(
-[[ $* == *--json* ]] || exec echo --model-config
-while [[ $1 != --json ]]; do shift; done
+// An installation whose programs for GPUs are scripts; octet rehearses on the CPU, a small model and short prompts.
+class PretendedInstallation : public GpuCheck {
+ protected:
+  PretendedInstallation() {
+    for (const char* file : {"launch/gpu_check", "share/octet/bundle.json"}) {
+      fs::create_directories((pretended() / file).parent_path());
+      fs::copy_file(root() / file, pretended() / file, fs::copy_options::overwrite_existing);
+    }
+    write_script(pretended() / "bin/octet", absl::StrCat("octet=", (root() / "bin/octet").string(),
+                                                         " config=", write_random_model({}), R"(/config.json
+[[ $1 == rehearse ]] || exec "$octet" "$@"
+for argument; do
+  case $argument in
+    cuda) argument=cpu ;;
+    llama-*) argument=$config ;;
+    4096) argument=16 ;;
+  esac
+  arguments+=("$argument")
+done
+exec "$octet" "${arguments[@]}" --rounds 1 --threads 1)"));
+    write_script(bench("cuda_bench"), R"(while [[ $1 != --json ]]; do shift; done
 cat >"$2" <<'END'
-{"model": "m", "steps": [
- {"kind": "decode", "sequences": 1, "new_tokens": 1, "seconds": 0.025, "least_seconds": 0.02, "fp8_flops": 1e9,
-  "share_of_read": 0.8, "parts": [{"part": "gate+up", "seconds": 0.01, "fp8_flops": 1e9, "share_of_read": 0.75}],
-  "predicted": {"ranks": 8, "seconds": 0.03}},
- {"kind": "prefill", "sequences": 1, "new_tokens": 4096, "seconds": 1, "fp8_flops": 9e14, "share_of_read": 0.1,
-  "parts": [{"part": "norm", "seconds": 0.1, "fp8_flops": 0, "share_of_read": 0.2},
-            {"part": "gate+up", "seconds": 0.5, "fp8_flops": 4e14, "share_of_read": 0.1}]}]}
+{"linear": [
+  {"layer": "405B/8 q k v", "weights": "F8_E4M3", "inputs": "F8_E4M3", "tokens": 1, "rows": [2048, 128, 128],
+   "bytes_per_second": 1e12, "share_of_read": 0.5},
+  {"layer": "405B/8 q k v", "weights": "F8_E4M3", "inputs": "BF16", "tokens": 1, "rows": [2048, 128, 128],
+   "bytes_per_second": 3.1e12, "share_of_read": 0.95},
+  {"layer": "405B/8 o", "weights": "F8_E4M3", "inputs": "BF16", "tokens": 1, "rows": [16384],
+   "bytes_per_second": 2.96e12, "share_of_read": 0.9}]}
 END)");
-  const Finished check = run(kPretendedGpu, {"--steps", "rehearsal"}, pretended);
-  EXPECT_EQ(check.status, 0) << check.err;
-  std::vector<std::string> measured;
-  const nlohmann::json read = report();
-  for (const nlohmann::json& figure : read["figures"]) measured.push_back(figure["measured"]);
-  EXPECT_THAT(measured, ElementsAre("25 ms", "25 ms", "25 ms", "75 % of read bandwidth", "800 TFLOP/s", "-"));
+    write_script(bench("cuda_gemm_bench"), R"(while [[ $1 != --json ]]; do shift; done
+cat >"$2" <<'END'
+{"gemm": [{"flops_per_second": 1.5e15, "inputs": "F8_E4M3", "layer": "gate up", "tiles_flops_per_second": 1e15,
+           "tokens": 4096, "weights": "F8_E4M3"}]}
+END)");
+    write_script(bench("cuda_attention_bench"), "exit 1");
+    write_script(python(), R"([[ $1 != -c ]] || exit 0
+echo '{"torch": "2.9", "scaled_mm_gate_up_4096_tflops": 1200.0, "matvec_o_percent_of_read": null}' >"$3")");
+  }
+
+  static fs::path pretended() { return folder() / "pretended"; }
+  static fs::path bench(const char* name) { return pretended() / "libexec/octet/bench" / name; }
+  static fs::path python() { return pretended() / "python"; }
+
+  // What a figure's member says, by the figure.
+  std::map<std::string, std::string> figures(const char* member) const {
+    std::map<std::string, std::string> values;
+    const nlohmann::json read = report();
+    for (const nlohmann::json& figure : read["figures"]) values[figure["what"]] = figure[member];
+    return values;
+  }
+};
+
+TEST_F(PretendedInstallation, PutsWhatWasMeasuredBesideTheGoals) {
+  const Finished check =
+      run(kPretendedGpu, {"--steps", "benchmarks,rehearsal,torch", "--python", python()}, pretended());
+  EXPECT_THAT(results(),
+              ElementsAre(Pair("benchmarks", "failed"), Pair("rehearsal", "passed"), Pair("torch", "passed")))
+      << check.err;
+  auto measured = figures("measured");
+  for (const char* what : {"405B rank of 8, fbgemm, one sequence, sums left out",
+                           "405B rank of 8, all-linear, the same", "8B FP8, one sequence"}) {
+    EXPECT_THAT(measured[what], MatchesRegex("[0-9.e-]+ ms")) << what;
+  }
+  EXPECT_THAT(measured["Decode attention, BF16 cache, 64 sequences of 4,096"],
+              MatchesRegex("[0-9.e-]+ % of read bandwidth"));
+  EXPECT_EQ(measured["FP8 qkv of 405B, one token"], "95 % of read bandwidth");
+  EXPECT_EQ(measured["FP8 down of 405B, one token"], "-");
+  EXPECT_EQ(measured["The slowest of these four"], "2960 GB/s");
+  EXPECT_EQ(measured["FP8 row-wise GEMM, gate_up of 405B, 4,096 tokens"], "1500 TFLOP/s");
+  EXPECT_EQ(figures("times_pytorch")["FP8 row-wise GEMM, gate_up of 405B, 4,096 tokens"], "1.25");
+  EXPECT_EQ(figures("pytorch")["FP8 o of 405B, one token"], "-");
+}
+
+TEST_F(PretendedInstallation, SaysWhereProcessesMayNotShareAGpu) {
+  write_script(pretended() / "libexec/octet/peer_processes", "[[ $2 != 8 ]] || exit 3");
+  EXPECT_EQ(run(kPretendedGpu, {"--steps", "peers"}, pretended()).status, 0);
+  EXPECT_THAT(report()["steps"][0]["reason"], HasSubstr("CUDA IPC is refused here (8 processes)"));
+}
+
+TEST_F(PretendedInstallation, SaysWhereSumsBetweenProcessesAreWrong) {
+  write_script(pretended() / "libexec/octet/peer_processes", "[[ $2 != 4 ]] || exit 1");
+  EXPECT_EQ(run(kPretendedGpu, {"--steps", "peers"}, pretended()).status, 1);
+  EXPECT_EQ(report()["steps"][0]["reason"], "4 processes ended with 1");
 }
 
 TEST_F(GpuCheck, GoesOnAfterAStepThatFailed) {

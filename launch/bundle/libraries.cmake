@@ -39,7 +39,9 @@ file(COPY ${plugins} DESTINATION ${prefix}/${openmpi_lib}/openmpi3)
 
 # ---- Libraries -------------------------------------------------------------------------------------------------------
 
-file(GLOB programs ${prefix}/bin/octet ${prefix}/bin/orterun ${prefix}/bin/orted ${prefix}/libexec/octet/*/*)
+file(GLOB programs ${prefix}/bin/octet ${prefix}/bin/orterun ${prefix}/bin/orted)
+file(GLOB_RECURSE checks ${prefix}/libexec/octet/*)
+list(APPEND programs ${checks})
 file(GLOB modules ${prefix}/bin/*.so ${prefix}/${openmpi_lib}/openmpi3/*.so)
 
 # Copies what `files` need to lib/, each library under the name by which it is asked for.
