@@ -1,41 +1,45 @@
-// Attention in fast mode, emulated (see cuda_emulation/cuda_runtime.h), against the reference, which computes in
-// double.
+// Attention in fast mode, emulated (see cuda_emulation/cuda_runtime.h) or on the module that OCTET_CUDA_MODULE names,
+// against the reference, which computes in double.
 #include "kernels/cuda/flash_attention.h"
 
-#include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/queue.h"
+#include "kernels/cuda/open_module.h"
+#include "kernels/ops.h"
 #include "kernels/reference/reference.h"
 #include "tests/op_cases.h"
+#include "tests/surroundings.h"
 
 namespace octet {
 namespace {
 
-// Tensors and arrays on the device.
+Stream& gpu() {
+  static Stream& stream = *[] {
+    const auto opened = cuda::open_module(cuda_module_under_test());
+    if (!opened.ok()) ADD_FAILURE() << opened.status();
+    return new Stream(**opened, 0, Arithmetic::kFast, {.threads = 1, .isa = Isa::kPortable, .spin = false});
+  }();
+  return stream;
+}
+
+// Tensors on the device.
 class DeviceMemory {
  public:
-  explicit DeviceMemory(cudaStream_t stream) : stream_(stream) {}
-  ~DeviceMemory() {
-    for (void* const data : memory_) cudaFree(data);
-  }
   Tensor put(const Tensor& host) {
-    void* data = nullptr;
-    const auto bytes = static_cast<size_t>(host.bytes());
-    EXPECT_EQ(cudaMalloc(&data, bytes), cudaSuccess);
-    EXPECT_EQ(cudaMemcpyAsync(data, host.data(), bytes, cudaMemcpyHostToDevice, stream_), cudaSuccess);
-    memory_.push_back(data);
-    return Tensor(data, host.dtype(), host.shape(), Device::kCuda);
+    memory_.emplace_back(host.bytes(), gpu());
+    const Tensor there = memory_.back().tensor(host.dtype(), host.shape());
+    copy(gpu(), host, there);
+    return there;
   }
 
  private:
-  const cudaStream_t stream_;
-  std::vector<void*> memory_;
+  std::vector<Buffer> memory_;
 };
 
 int64_t most(const std::vector<int64_t>& values) { return *std::ranges::max_element(values); }
@@ -44,28 +48,34 @@ struct Sequences {
   std::vector<int64_t> lengths, new_tokens;
 };
 
+// Tables with room for contexts of so many positions.
+Owned widened(const Tensor& tables, int64_t context) {
+  Owned wide(DType::kI32, {tables.dim(0), std::max(tables.dim(1), (context - 1) / kKvBlockTokens + 1)});
+  for (int64_t s = 0; s < tables.dim(0); ++s) {
+    std::copy_n(tables.as<int32_t>() + s * tables.dim(1), tables.dim(1),
+                wide.tensor.as<int32_t>() + s * wide.tensor.dim(1));
+  }
+  return wide;
+}
+
 // With a grid that does for contexts of up to `context` positions.
 Owned attend(const CacheCase& setup, int64_t context, const KvLayer& cache) {
-  cuda::Queue queue(0, Arithmetic::kFast);
-  DeviceMemory device(queue.stream());
+  DeviceMemory device;
   Owned out(setup.q);
   const Tensor there = device.put(out);
   const AttentionBatch batch = setup.batch();
-  cuda::flash_attention(queue, device.put(setup.q),
-                        {.keys = device.put(cache.keys),
-                         .values = device.put(cache.values),
-                         .key_scale = cache.key_scale,
-                         .value_scale = cache.value_scale},
-                        {.positions = device.put(batch.positions),
-                         .sequence_of = device.put(batch.sequence_of),
-                         .sequence_ends = device.put(batch.sequence_ends),
-                         .block_tables = device.put(batch.block_tables),
-                         .context = context},
-                        there);
-  EXPECT_EQ(cudaMemcpyAsync(out.tensor.data(), there.data(), static_cast<size_t>(out.tensor.bytes()),
-                            cudaMemcpyDeviceToHost, queue.stream()),
-            cudaSuccess);
-  queue.synchronize();
+  attention(gpu(), device.put(setup.q),
+            {.keys = device.put(cache.keys),
+             .values = device.put(cache.values),
+             .key_scale = cache.key_scale,
+             .value_scale = cache.value_scale},
+            {.positions = device.put(batch.positions),
+             .sequence_of = device.put(batch.sequence_of),
+             .sequence_ends = device.put(batch.sequence_ends),
+             .block_tables = device.put(widened(batch.block_tables, context)),
+             .context = context},
+            there);
+  copy(gpu(), there, out);
   return out;
 }
 
