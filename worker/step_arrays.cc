@@ -1,6 +1,6 @@
 #include "worker/step_arrays.h"
 
-#include <cstring>
+#include <algorithm>
 #include <string>
 
 #include "kernels/check.h"
@@ -27,7 +27,7 @@ Tensor StepArrays::add(std::span<const int32_t> values, Shape shape) {
   OCTET_CHECK(static_cast<int64_t>(values.size()) == shape.elements() && used_ + bytes <= host_.bytes(),
               std::to_string(values.size()) + " numbers as " + shape.to_string() + " behind " + std::to_string(used_) +
                   " of " + std::to_string(host_.bytes()) + " bytes");
-  std::memcpy(static_cast<char*>(host_.data()) + used_, values.data(), values.size_bytes());
+  std::ranges::copy(values, reinterpret_cast<int32_t*>(static_cast<char*>(host_.data()) + used_));
   const Device device = stream_.device();
   const Buffer& there = device == Device::kCpu ? host_ : device_;
   const Tensor array(static_cast<char*>(there.data()) + used_, DType::kI32, shape, device);
